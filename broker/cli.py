@@ -1,0 +1,207 @@
+"""The command line: `wonderq serve`, `migrate`, and `call METHOD …`, which is built from the schema.
+
+Commands that talk to a broker read BROKER_URL and BROKER_TOKEN. Exit codes: 0 done, 1 it could not be done
+(the reason is on standard error), 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+import msgspec
+
+from broker import __version__, server
+from broker.client import BrokerError, Client
+from broker.embedded import EmbeddedError, EmbeddedPostgres
+from broker.logs import configure_logs
+from broker.schema import Schema, describe, load_document
+from broker.settings import Setting, Settings, settings_table
+from broker.storage.migrate import MigrationError, migrate
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="wonderq")
+def main() -> None:
+    """WonderQ: a message broker on PostgreSQL, spoken to as JSON-RPC 2.0 over HTTP."""
+
+
+def with_settings(*names: str) -> Callable[[Callable[[Settings], None]], Callable[..., None]]:
+    """Give a command the options of these settings, of all where none is named; it gets one `Settings`."""
+
+    def decorate(command: Callable[[Settings], None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_one_argument(**given: Any) -> None:
+            command(read_settings(given))
+
+        decorated: Callable[..., None] = with_one_argument
+        for name, about, default in reversed(settings_table()):
+            if not names or name in names:
+                decorated = option(name, about, default)(decorated)
+        return decorated
+
+    return decorate
+
+
+def option(name: str, about: Setting, default: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the click option of one setting. What is given is read by `read_settings`, wherever it stood."""
+    shown = about.shown_default if about.shown_default is not None else default
+    unit = f" {about.unit}" if about.unit and about.shown_default is None else ""
+    return click.option(
+        about.flag,
+        name,
+        multiple=about.repeatable,
+        metavar="|".join(about.choices) or about.parse.__name__.upper().replace("PARSE_", ""),
+        help=f"{about.help}  [{about.variable}; default: {shown}{unit}]",
+    )
+
+
+def read_settings(given: dict[str, Any]) -> Settings:
+    """Return the settings: what the command line says, else the environment, else the default."""
+    values: dict[str, Any] = {}
+    for name, about, _ in settings_table():
+        on_command_line = given.get(name)
+        text = os.environ.get(about.variable, "")
+        if on_command_line:
+            source = about.flag
+            value = ",".join(on_command_line) if about.repeatable else on_command_line
+        elif text and name in given:
+            source, value = about.variable, text
+        else:
+            continue
+        values[name] = read_value(about, source, value)
+    return Settings(**values)
+
+
+def read_value(about: Setting, source: str, text: str) -> Any:
+    """Return the value that a text means. Raises click.BadParameter, which names where the text stood."""
+    shown = "***" if about.secret else text
+    try:
+        value = about.parse(text)
+    except ValueError:
+        raise click.BadParameter(f"{source} cannot be {shown!r}: {about.help}") from None
+    if about.choices and value not in about.choices:
+        raise click.BadParameter(f"{source} must be one of {', '.join(about.choices)}, and {shown!r} was given.")
+    below = about.minimum is not None and value < about.minimum
+    if below or (about.maximum is not None and value > about.maximum):
+        raise click.BadParameter(
+            f"{source} must be from {about.minimum:g} to {about.maximum:g}, and {shown} was given. {about.help}"
+        )
+    return value
+
+
+@main.command()
+@with_settings()
+def serve(settings: Settings) -> None:
+    """Run a broker; without --database-url with a PostgreSQL of its own."""
+    configure_logs(settings.log_format)
+    sys.exit(server.run(settings))
+
+
+@main.command("migrate")
+@with_settings("database_url", "data_dir")
+def migrate_command(settings: Settings) -> None:
+    """Bring the database's schema up to date; `serve` does the same at its start."""
+
+    async def run() -> list[str]:
+        if settings.database_url is not None:
+            return await migrate(settings.database_url)
+        postgres = EmbeddedPostgres(settings.data_dir)
+        try:
+            return await migrate(await postgres.start())
+        finally:
+            await postgres.stop()
+
+    try:
+        done = asyncio.run(run())
+    except (MigrationError, EmbeddedError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo("\n".join(f"applied {name}" for name in done) or "nothing to do")
+
+
+class CallGroup(click.Group):
+    """`call METHOD`: a command for each method of the schema, an option for each of its params."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [method["name"] for method in load_document()["methods"]]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        document = load_document()
+        for method in document["methods"]:
+            if method["name"] == cmd_name:
+                return call_command(method, document["components"]["schemas"])
+        return None
+
+
+@main.command(cls=CallGroup)
+@click.option("--url", default=lambda: os.environ.get("BROKER_URL", DEFAULT_URL), help="[BROKER_URL]")
+@click.pass_context
+def call(context: click.Context, url: str) -> None:
+    """Call a method of a running broker and print its result as JSON.
+
+    Params are options. A param that is a string is given as it is, any other as JSON:
+
+        wonderq call enqueue --queue mail --body '{"to": "ada"}' --delay 5
+    """
+    context.obj = url
+
+
+def call_command(method: Schema, components: dict[str, Schema]) -> click.Command:
+    """Build the command of one method."""
+    params = []
+    for param in method["params"]:
+        text = param.get("description") or param["schema"].get("description") or ""
+        limits = describe(param["schema"], components)
+        params.append(
+            click.Option(
+                ["--" + param["name"].replace("_", "-"), param["name"]],
+                required=param.get("required", False),
+                metavar="TEXT" if takes_text(limits) else "JSON",
+                help=f"{text} [{limits}]".strip(),
+            )
+        )
+
+    @click.pass_obj
+    def run(url: str, /, **given: str | None) -> None:
+        named = {name: value for name, value in given.items() if value is not None}
+        kinds = {param["name"]: describe(param["schema"], components) for param in method["params"]}
+        call_and_print(url, method["name"], {name: read_param(name, kinds[name], text) for name, text in named.items()})
+
+    help_text = "\n\n".join(filter(None, [method["summary"], method.get("description")]))
+    return click.Command(method["name"], params=list(params), callback=run, help=help_text)
+
+
+def takes_text(limits: str) -> bool:
+    """Whether a param is given as it is: a string, or one of a few words."""
+    return limits.startswith(("a string", "one of"))
+
+
+def read_param(name: str, limits: str, text: str) -> Any:
+    """Return a param's value; JSON keeps its bytes. Raises click.BadParameter."""
+    if takes_text(limits):
+        return None if text == "null" and limits.endswith("or null") else text
+    try:
+        return msgspec.json.decode(text, type=msgspec.Raw)
+    except msgspec.DecodeError as error:
+        raise click.BadParameter(f"--{name} takes JSON, as {limits}: {error}") from None
+
+
+def call_and_print(url: str, method: str, params: dict[str, Any]) -> None:
+    """Call a method and print its result; exit with 1 where it failed."""
+
+    async def run() -> Any:
+        async with Client(url, token=os.environ.get("BROKER_TOKEN")) as client:
+            return await client.call(method, **params)
+
+    try:
+        result = asyncio.run(run())
+    except BrokerError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))

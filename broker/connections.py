@@ -1,0 +1,519 @@
+"""Connections: the HTTP server's patience with clients that are slow, broken or too many.
+
+aiohttp waits without end for a request's head and for its body, answers broken HTTP in its own words with
+a traceback in the log, and drops requests when it stops. `ConnectionRunner` is its AppRunner with a limit on
+each of these. It does not promise an answer to a client that still sends after `lingering_time` or
+`max_lingering_bytes`: such a client may see a reset. Handlers read bodies with `read_body`, nothing else,
+because only that sends the "100 Continue" some clients wait for.
+"""
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import socket
+import struct
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from http import HTTPStatus
+from typing import Any, cast
+
+from aiohttp import hdrs, web
+from aiohttp.http import HttpVersion11
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
+from aiohttp.web_request import BaseRequest
+from multidict import CIMultiDict, CIMultiDictProxy
+
+logger = logging.getLogger(__name__)
+
+# Connections beyond the limit that may wait for their 503 to be read; further ones are closed at once.
+MAX_REFUSED_CONNECTIONS = 256
+# How long no request may have come before a draining server takes its clients to be gone.
+QUIET_TIME = 0.3
+POLL_INTERVAL = 0.02
+
+_EXPECTS_CONTINUE = web.RequestKey("expects_continue", bool)
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """How much time, in seconds, and how many bytes a client gets."""
+
+    header_timeout: float = 15.0
+    body_timeout: float = 60.0
+    body_stall_timeout: float = 15.0
+    keepalive_timeout: float = 75.0
+    max_body_bytes: int = 8 * 2**20
+    max_connections: int = 10_000
+    lingering_time: float = 10.0
+    max_lingering_bytes: int = 64 * 2**20
+
+
+class BodyTooLarge(Exception):
+    """The request's body is over the limit; send less in one request."""
+
+
+class BodyTooSlow(Exception):
+    """The request's body did not arrive in time; send it again."""
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """An answer that is given before, or instead of, the application's."""
+
+    status: HTTPStatus
+    code: int
+    type: str
+    message: str
+    retryable: bool = False
+    outcome: str = "none"
+    headers: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def response_fields(self) -> dict[str, str]:
+        # Connection is spelt out because aiohttp takes what it cannot parse for HTTP/1.0.
+        return {"Content-Type": "application/json", **dict(self.headers), "Connection": "close"}
+
+    @cached_property
+    def body(self) -> bytes:
+        data = {"type": self.type, "retryable": self.retryable, "outcome": self.outcome}
+        error = {"code": self.code, "message": self.message, "data": data}
+        return json.dumps({"jsonrpc": "2.0", "error": error, "id": None}).encode()
+
+    def to_bytes(self) -> bytes:
+        fields = {**self.response_fields, "Content-Length": str(len(self.body))}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        return f"HTTP/1.1 {self.status} {self.status.phrase}\r\n{head}\r\n".encode() + self.body
+
+    def to_response(self) -> web.Response:
+        response = web.Response(status=self.status, body=self.body, headers=self.response_fields)
+        response.force_close()
+        return response
+
+
+# fmt: off
+_MALFORMED = _Refusal(
+    HTTPStatus.BAD_REQUEST, -32600, "invalid_request",
+    "This is not a valid HTTP/1.1 request: check its first line, headers and body framing.")
+_HEAD_TOO_SLOW = _Refusal(
+    HTTPStatus.REQUEST_TIMEOUT, -32600, "invalid_request",
+    "The request's headers did not arrive in time: send it again.", retryable=True)
+_BODY_TOO_SLOW = _Refusal(
+    HTTPStatus.REQUEST_TIMEOUT, -32600, "invalid_request",
+    "The request's body did not arrive in time: send it again.", retryable=True)
+_BODY_TOO_LARGE = _Refusal(
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, -32600, "invalid_request",
+    "The request's body is over this server's limit: send less in one request.")
+_TOO_MANY_CONNECTIONS = _Refusal(
+    HTTPStatus.SERVICE_UNAVAILABLE, -32002, "overloaded",
+    "This server has too many connections: wait a second, then connect again.",
+    retryable=True, headers=(("Retry-After", "1"),))
+_INTERNAL_ERROR = _Refusal(
+    HTTPStatus.INTERNAL_SERVER_ERROR, -32603, "internal_error",
+    "The server failed while it worked on this request: what was done is unknown.",
+    outcome="unknown")
+# fmt: on
+
+
+async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
+    """Read the whole body, and ask for it where the client waits for that.
+
+    A handler may let both errors pass: the connection then answers 413 or 408.
+
+    Raises BodyTooLarge (by Content-Length before a byte is read) and BodyTooSlow.
+    """
+    if (request.content_length or 0) > limits.max_body_bytes:
+        raise BodyTooLarge
+    payload = request.content
+    if payload.is_eof():  # Small requests arrive whole: no timer for them.
+        if payload.total_bytes > limits.max_body_bytes:
+            raise BodyTooLarge
+        return payload.read_nowait()
+    if request.get(_EXPECTS_CONTINUE):
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # The answer itself has not begun.
+    body = bytearray()  # Not a list: a client may send chunks of one byte.
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limits.body_timeout
+    while True:
+        try:
+            async with asyncio.timeout_at(min(deadline, loop.time() + limits.body_stall_timeout)):
+                chunk = await payload.readany()
+        except TimeoutError:
+            raise BodyTooSlow from None
+        if not chunk:
+            return bytes(body)
+        body += chunk
+        if len(body) > limits.max_body_bytes:
+            raise BodyTooLarge
+
+
+def client_has_hung_up(request: web.Request) -> bool:
+    """Say whether the client has closed its end, also where the event loop has not seen it yet.
+
+    One system call. Pipelined bytes that wait to be read hide a FIN behind them.
+    """
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        return True
+    return _peek(transport) == b""
+
+
+def _peek(transport: asyncio.BaseTransport) -> bytes | None:
+    """Return the first byte the kernel holds: b"" for the end, None while there is nothing."""
+    # The descriptor is borrowed and given back by detach: neither duplicated nor closed.
+    borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=transport.get_extra_info("socket").fileno())
+    try:
+        return borrowed.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:  # A reset is an end, too.
+        return b""
+    finally:
+        borrowed.detach()
+
+
+class Connection(RequestHandler):
+    """One client's connection: aiohttp's protocol with a watchdog.
+
+    The watchdog is aiohttp's own keep-alive timer: one handle, re-armed when it fires; only a head that
+    arrives in pieces moves it. The start of a head that came in the same segment as the request before it
+    cannot be seen from outside the parser: its time runs from its next byte, within `keepalive_timeout`.
+    """
+
+    __slots__ = (
+        "_channel", "_discarded", "_head_deadline", "_is_lingering", "_limits", "_newest_payload", "_owner",
+    )  # fmt: skip
+
+    def __init__(self, manager: "ConnectionServer", **kwargs: Any) -> None:
+        super().__init__(manager, **kwargs)
+        self._owner = manager
+        self._limits = manager.limits
+        self._channel: asyncio.Transport | None = None
+        self._newest_payload: StreamReader = EMPTY_PAYLOAD
+        self._head_deadline: float | None = None  # While the head of a request is half here.
+        self._discarded: int | None = None  # Bytes thrown away since parsing ended.
+        self._is_lingering = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is arriving, being handled, or being answered."""
+        channel = self._channel
+        if channel is None:
+            return False
+        if channel.get_write_buffer_size():
+            return True
+        if self._is_lingering or channel.is_closing():
+            return False
+        waiter = self._waiter
+        return bool(waiter is None or waiter.done() or self._messages or self._head_deadline)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport = cast(asyncio.Transport, transport)  # uvloop's is one without saying so.
+        self._channel = transport
+        if self._owner.is_full:
+            self._refuse(transport)
+            return
+        super().connection_made(transport)
+        self._next_keepalive_close_time = self._loop.time() + self._limits.header_timeout
+        self._watch_until(self._next_keepalive_close_time)
+        # A client that never reads its answer acknowledges the kernel's probes for ever; this ends it.
+        with suppress(OSError, AttributeError):
+            transport.get_extra_info("socket").setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._limits.keepalive_timeout * 1000)
+            )
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._owner.refused.discard(self)
+        self._channel = None
+        self._newest_payload = EMPTY_PAYLOAD  # It refers back to this connection.
+
+    def data_received(self, data: bytes) -> None:
+        if self._discarded is not None:
+            self._discarded += len(data)
+            if self._discarded > self._limits.max_lingering_bytes:
+                self.force_close()
+            return
+        begins_head = not self._upgraded and self._newest_payload.is_eof()
+        try:
+            super().data_received(data)
+        except Exception as exc:  # aiohttp's parser lets IndexError out for "GET http://a]b[@/".
+            self._give_up_parsing(exc)
+            return
+        messages = self._messages
+        if messages:
+            message, payload = messages[-1]
+            self._head_deadline = None
+            if isinstance(message, _ErrInfo):
+                messages.pop()
+                self._give_up_parsing(message.exc)
+            elif message.url is None:  # "CONNECT \n": aiohttp's loop would die of it.
+                messages.pop()
+                self._give_up_parsing(ValueError("no target"))
+            else:
+                self._newest_payload = payload
+        elif begins_head and self._head_deadline is None and data.strip(b"\r\n"):
+            self._head_deadline = self._loop.time() + self._limits.header_timeout
+            self._watch_until(self._head_deadline)
+
+    def _give_up_parsing(self, exc: BaseException) -> None:
+        """Answer 400 after the requests already here; tell a handler that waits for the broken body."""
+        self._discarded = 0
+        self._head_deadline = None
+        broken = self._messages[-1][1] if self._messages else self._newest_payload
+        if not broken.is_eof():
+            broken.set_exception(RequestPayloadError("malformed"))
+        self._messages.append((_ErrInfo(400, exc, "malformed"), EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _watch_until(self, deadline: float) -> None:
+        if self._keepalive_handle is not None:
+            self._keepalive_handle.cancel()
+        self._keepalive_handle = self._loop.call_at(deadline, self._process_keepalive)
+
+    def _process_keepalive(self) -> None:
+        """Close the connection if its time is over, else come back when it may be."""
+        self._keepalive_handle = None
+        if self.transport is None or self._force_close:
+            return
+        now = self._loop.time()
+        waiter = self._waiter
+        if waiter is None or waiter.done() or self._messages:
+            # While a request is in hand its client is not to blame; what is half here may be the next one.
+            deadline = now + self._limits.header_timeout
+            if self._head_deadline is not None:
+                self._head_deadline = deadline
+        else:
+            deadline = self._head_deadline or self._next_keepalive_close_time
+            if now >= deadline:
+                if self._head_deadline is not None:
+                    self.transport.write(_HEAD_TOO_SLOW.to_bytes())
+                self.force_close()
+                return
+        self._watch_until(deadline)
+
+    def _handle_request(
+        self,
+        request: BaseRequest,
+        start_time: float | None,
+        request_handler: Callable[[BaseRequest], Awaitable[web.StreamResponse]],
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        if hdrs.EXPECT in request._headers:  # Not `headers`, which would be cached as they are.
+            # aiohttp would ask for the body before any handler could refuse it.
+            headers = CIMultiDict(request._headers)
+            expectation = headers.popall(hdrs.EXPECT)[0]
+            request._headers = CIMultiDictProxy(headers)
+            is_known = expectation.lower() == "100-continue" and request.version >= HttpVersion11
+            request[_EXPECTS_CONTINUE] = is_known
+        return super()._handle_request(request, start_time, request_handler)
+
+    def finish_response(
+        self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        if not request.content.is_eof() or (self._discarded is not None and not self._messages):
+            return self._finish_and_linger(request, resp, start_time)
+        if self._owner.is_draining and not self._messages and isinstance(resp, web.StreamResponse):
+            resp.force_close()
+        return super().finish_response(request, resp, start_time)
+
+    async def _finish_and_linger(
+        self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Answer a client that may still be sending, and let it read the answer.
+
+        Closing with unread bytes makes the kernel send a reset, which overtakes the answer. So only this
+        end is closed, and what comes is thrown away until the client closes too (its task is then
+        cancelled), or the time or the bytes are used up.
+        """
+        if isinstance(resp, web.StreamResponse):
+            resp.force_close()
+        result = await super().finish_response(request, resp, start_time)
+        if self.transport is not None and not self.transport.is_closing():
+            self._linger(self.transport)
+            await asyncio.sleep(self._limits.lingering_time)
+        return result
+
+    def _linger(self, transport: asyncio.Transport) -> None:
+        self._is_lingering = True
+        self._discarded = self._discarded or 0
+        if transport.can_write_eof():
+            transport.write_eof()
+        self._resume_transport_reading()
+
+    def _refuse(self, transport: asyncio.Transport) -> None:
+        """Answer 503 without a task, and wait a second for the client to read it."""
+        if len(self._owner.refused) >= MAX_REFUSED_CONNECTIONS:
+            transport.abort()
+            return
+        self.transport = transport
+        self._owner.refused.add(self)
+        self._owner.connection_made(self, transport)
+        transport.write(_TOO_MANY_CONNECTIONS.to_bytes())
+        self._linger(transport)
+        self._keepalive_handle = self._loop.call_later(1.0, self.force_close)
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer as JSON-RPC, saying nothing of the inside; log only what is the server's fault."""
+        if status == 400 or isinstance(exc, RequestPayloadError):
+            refusal = _MALFORMED
+        elif isinstance(exc, BodyTooLarge):
+            refusal = _BODY_TOO_LARGE
+        elif isinstance(exc, BodyTooSlow):
+            refusal = _BODY_TOO_SLOW
+        else:
+            refusal = _INTERNAL_ERROR
+            logger.exception("request failed: method=%r path=%r", request.method, request.path)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun, so it can only be cut off")
+        return refusal.to_response()
+
+
+class ConnectionServer(web.Server):
+    """The connections of one process, and whether it takes more."""
+
+    def __init__(self, origin: web.Server, limits: ConnectionLimits) -> None:
+        super().__init__(
+            origin.request_handler,
+            request_factory=origin.request_factory,
+            handler_cancellation=True,
+            loop=origin._loop,
+            **origin._kwargs,
+        )
+        self.limits = limits
+        self.is_draining = False
+        self.accepted_count = 0
+        self.refused: set[Connection] = set()
+
+    def __call__(self) -> RequestHandler:
+        self.accepted_count += 1
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._connections) - len(self.refused) >= self.limits.max_connections
+
+
+class ConnectionRunner(web.AppRunner):
+    """Run an application over `Connection`s. The methods below need `setup()` to have run."""
+
+    def __init__(self, app: web.Application, *, limits: ConnectionLimits, **kwargs: Any) -> None:
+        super().__init__(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=limits.keepalive_timeout,
+            tcp_keepalive=True,
+            auto_decompress=False,
+            lingering_time=0.0,  # aiohttp's own has no limit of bytes.
+            **kwargs,
+        )
+        self._limits = limits
+
+    async def _make_server(self) -> ConnectionServer:
+        return ConnectionServer(await super()._make_server(), self._limits)
+
+    @property
+    def _connection_server(self) -> ConnectionServer:
+        assert isinstance(self.server, ConnectionServer), "call setup() first"
+        return self.server
+
+    @property
+    def connections(self) -> list[Connection]:
+        return [each for each in self._connection_server.connections if isinstance(each, Connection)]
+
+    @property
+    def requests_in_flight(self) -> int:
+        """Connections on which a request is arriving, being handled, or being answered."""
+        return sum(each.is_busy for each in self.connections)
+
+    @property
+    def is_draining(self) -> bool:
+        return self._connection_server.is_draining
+
+    def idle_connections(self) -> list[Connection]:
+        return [each for each in self.connections if not each.is_busy]
+
+    def start_draining(self) -> None:
+        """Make every further answer the last of its connection (`Connection: close`)."""
+        self._connection_server.is_draining = True
+
+    def close_idle(self) -> None:
+        """Close idle connections with a FIN, but those with bytes waiting: these are about to be requests."""
+        for each in self.idle_connections():
+            if each.transport is not None and not _peek(each.transport):
+                each.force_close()
+
+    async def drain(self, timeout: float) -> bool:
+        """Stop within `timeout` seconds so that no request is lost; return whether that was reached.
+
+        The port stays open while earlier requests are under way (newcomers reach the application, which
+        refuses them). Then new handshakes are dropped by the kernel, while those it has completed are still
+        accepted and answered; after QUIET_TIME without a request the port and idle connections are closed.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        self.start_draining()
+        earlier = [each for each in self.connections if each.is_busy]
+        while any(each.is_busy for each in earlier) and loop.time() < deadline:
+            await asyncio.sleep(POLL_INTERVAL)
+        for site in self.sites:
+            listeners = getattr(site._server, "sockets", None) or ()
+            if not all(_drop_new_handshakes(each.fileno()) for each in listeners):
+                await site.stop()
+        await self._wait_for_quiet(deadline)
+        for site in self.sites:
+            await site.stop()
+        self.close_idle()
+        await asyncio.sleep(POLL_INTERVAL)
+        while self.requests_in_flight and loop.time() < deadline:
+            await asyncio.sleep(POLL_INTERVAL)
+        return self.requests_in_flight == 0
+
+    async def _wait_for_quiet(self, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        server = self._connection_server
+        seen = (-1, -1)
+        quiet_since = loop.time()
+        while loop.time() < min(deadline, quiet_since + QUIET_TIME):
+            counts = (server.accepted_count, server.requests_count)
+            if counts != seen or self.requests_in_flight:
+                seen, quiet_since = counts, loop.time()
+            await asyncio.sleep(POLL_INTERVAL)
+
+
+# A socket filter of four steps: load the TCP flags (byte 13); where SYN is set keep nothing, else everything.
+_DROP_SYN = struct.pack("=" + "HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 0x02, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF)
+_SO_ATTACH_FILTER = 26
+
+
+def _drop_new_handshakes(fileno: int) -> bool:
+    """Make the kernel ignore SYNs to a listening socket; return False where it cannot.
+
+    Closing a listening socket resets the connections that it has completed but nobody has accepted, and
+    under load there is one at almost any moment. A client whose SYN is ignored sends it again a second
+    later, and is then refused, or reaches another process on the same port.
+    """
+    if sys.platform != "linux":
+        return False
+    with socket.socket(fileno=os.dup(fileno)) as listener:
+        if listener.family not in (socket.AF_INET, socket.AF_INET6):
+            return False
+        steps = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(steps)))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,175 @@
+"""What can go wrong, one class each. The first line of a docstring is the sentence that clients get.
+
+`code` and `type` are the contract's; `outcome` says whether anything was done: "none" where
+certainly nothing was, "unknown" where it may have been. Errors are raised below and translated
+once on the way out, in `rpc.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+
+class BrokerError(Exception):
+    """Something went wrong.
+
+    `index` is the place of the element that caused it, where there were several; only a batch tells it.
+    """
+
+    code: ClassVar[int]
+    type: ClassVar[str]
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, *, outcome: str = "none", index: int | None = None, **data: Any) -> None:
+        self.outcome = outcome
+        self.index = index
+        self.extra = data
+        sentence = " ".join((self.__class__.__doc__ or "").split("\n\n")[0].split())
+        self.message = sentence.format_map(data)
+        super().__init__(self.message)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The `data` member of the JSON-RPC error; a `reason` is in the message already."""
+        return {
+            "type": self.type,
+            "retryable": self.retryable,
+            "outcome": self.outcome,
+            **{name: value for name, value in self.extra.items() if name != "reason"},
+        }
+
+    def with_data(self, **data: Any) -> BrokerError:
+        """Add members to `data`; return self."""
+        self.extra.update(data)
+        return self
+
+
+class ParseError(BrokerError):
+    """The text is not valid JSON: {reason}. Send one JSON-RPC 2.0 request, or an array of them, as UTF-8."""
+
+    code = -32700
+    type = "parse_error"
+
+
+class InvalidRequest(BrokerError):
+    """This is not a JSON-RPC 2.0 request: {reason}."""
+
+    code = -32600
+    type = "invalid_request"
+
+
+class MethodNotFound(BrokerError):
+    """There is no method {method}; rpc.discover lists those there are."""
+
+    code = -32601
+    type = "method_not_found"
+
+
+class InvalidParams(BrokerError):
+    """{reason}"""
+
+    code = -32602
+    type = "invalid_params"
+
+
+class InternalError(BrokerError):
+    """The broker failed; its log has more under the request id {request_id}."""
+
+    code = -32603
+    type = "internal_error"
+
+
+class Unavailable(BrokerError):
+    """The database {reason}; try again in a moment."""
+
+    code = -32001
+    type = "unavailable"
+    retryable = True
+
+
+class Overloaded(BrokerError):
+    """The limit of {limit} {what} is reached; try again in {retry_after} s."""
+
+    code = -32002
+    type = "overloaded"
+    retryable = True
+
+
+class QueueNotFound(BrokerError):
+    """There is no queue {queue}; create it with create_queue, or see list_queues."""
+
+    code = 1001
+    type = "queue_not_found"
+
+
+class QueueExists(BrokerError):
+    """The queue {queue} exists and its {differs} is not what you named; see get_queue, or change it with update_queue."""  # noqa: E501
+
+    code = 1002
+    type = "queue_exists"
+
+
+class MessageNotFound(BrokerError):
+    """There is no message {message_id} in the queue {queue}; it was deleted, has expired, or never was."""
+
+    code = 1003
+    type = "message_not_found"
+
+
+class LeaseLost(BrokerError):
+    """The lease of this receipt is over; dequeue again, and use the receipt of the newest delivery."""
+
+    code = 1004
+    type = "lease_lost"
+
+
+class MessageTooLarge(BrokerError):
+    """The body has {given} bytes and the queue {queue} takes {limit}; send less, or raise max_message_bytes with update_queue (1 MiB at most)."""  # noqa: E501
+
+    code = 1005
+    type = "message_too_large"
+
+
+class MessageLeased(BrokerError):
+    """Somebody holds the message {message_id}; name the receipt if it is you, or wait until the lease ends."""
+
+    code = 1006
+    type = "message_leased"
+    retryable = True
+
+
+class InvalidReceipt(BrokerError):
+    """This is not a receipt that this broker makes; use the receipt of a message from dequeue, unchanged."""
+
+    code = 1010
+    type = "invalid_receipt"
+
+
+class QueueInUse(BrokerError):
+    """The queue {queue} cannot be deleted: {reason}."""
+
+    code = 1011
+    type = "queue_in_use"
+
+
+class QueueFull(BrokerError):
+    """The queue {queue} holds its max_messages, {limit}; wait until consumers have caught up, or raise the limit with update_queue."""  # noqa: E501
+
+    code = 1014
+    type = "queue_full"
+    retryable = True
+
+
+_NULL = msgspec.Raw(b"null")
+
+
+def error_object(error: BrokerError) -> dict[str, Any]:
+    """Return an error as it stands in an answer, or in the result of one element of a batch."""
+    return {"code": error.code, "message": error.message, "data": error.data}
+
+
+def error_answer(error: BrokerError, call_id: msgspec.Raw = _NULL) -> bytes:
+    """Return the JSON-RPC answer that carries an error."""
+    return msgspec.json.encode({"jsonrpc": "2.0", "error": error_object(error), "id": call_id})

@@ -1,0 +1,327 @@
+"""The RPC methods: one short function each, in the schema's order.
+
+A function has its method's name and params. Values have been checked against the schema before, defaults are
+filled in, and what was not given and has no default is UNSET; only what the schema cannot say is checked here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from broker import __version__
+from broker.errors import BrokerError, InvalidParams, QueueNotFound, error_object
+from broker.metrics import Metrics
+from broker.model import (
+    Counts,
+    Lease,
+    NewMessage,
+    Queue,
+    lease_of,
+    message_id_of,
+    message_number_of,
+    timestamp,
+)
+from broker.rpc import Call, Method
+from broker.settings import Settings
+from broker.storage import inspection, messages, queues
+from broker.storage.database import Database
+from broker.storage.messages import EnqueueCall, Stored
+from broker.storage.notifications import News
+from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
+
+MAX_HEADER_BYTES = 4096
+# Methods whose name is no Python name.
+RENAMED = {"discover": "rpc.discover"}
+
+
+@dataclass
+class Methods:
+    """What the methods stand on, and the methods themselves."""
+
+    database: Database
+    waiting: WaitingRoom
+    metrics: Metrics
+    settings: Settings
+    document: Mapping[str, Any]
+    started_at: float = field(default_factory=time.monotonic)
+
+    def by_name(self) -> dict[str, Method]:
+        """Return every method under the name that clients call it by."""
+        return {
+            RENAMED.get(name, name): getattr(self, name)
+            for name, function in vars(type(self)).items()
+            if inspect.iscoroutinefunction(function) and not name.startswith("_")
+        }
+
+    async def enqueue(
+        self,
+        call: Call,
+        queue: str,
+        body: Raw,
+        headers: dict[str, str],
+        sender: str | None,
+        delay: float | None,
+        ttl: float | None,
+        idempotency_key: None,
+    ) -> dict[str, Any]:
+        stored = await self._store(queue, [new_message(body, headers, sender, delay, ttl)])
+        return _enqueued(stored.ids[0])
+
+    async def enqueue_batch(self, call: Call, queue: str, messages: Sequence[Any]) -> dict[str, Any]:
+        new = []
+        for index, each in enumerate(messages):
+            try:
+                new.append(new_message(each.body, each.headers, each.sender, each.delay, each.ttl))
+            except InvalidParams as error:
+                raise error.with_data(index=index) from None
+        try:
+            stored = await self._store(queue, new)
+        except BrokerError as error:
+            raise error.with_data(index=error.index) if error.index is not None else error from None
+        return {"messages": [_enqueued(number) for number in stored.ids]}
+
+    async def _store(self, queue: str, new: Sequence[NewMessage]) -> Stored:
+        calls = [EnqueueCall(queue, new)]
+        (stored,) = await self.database.write(lambda connection: messages.enqueue(connection, calls))
+        if isinstance(stored, BrokerError):
+            raise stored
+        self.metrics.enqueued.inc(len(stored.ids))
+        self.waiting.tell(News(queue, stored.shortest_delay, len(stored.ids)))
+        return stored
+
+    async def dequeue(
+        self,
+        call: Call,
+        queue: str,
+        max_messages: int,
+        visibility_timeout: float | None,
+        wait: float,
+        delivery: str,
+    ) -> dict[str, Any]:
+        if call.is_notification:
+            return {"messages": []}
+        taken = await self.waiting.dequeue(
+            queue, max_messages, visibility_timeout, wait, at_most_once=delivery == "at_most_once"
+        )
+        if taken.leases:
+            call.undo.append(lambda: self.waiting.give_back_soon(queue, taken))
+        self.metrics.delivered.inc(len(taken.messages))
+        return {"messages": taken.messages}
+
+    async def delete(self, call: Call, receipt: str) -> dict[str, Any]:
+        lease = lease_of(receipt)
+        (deleted,) = await self.database.write(lambda connection: messages.delete(connection, [lease]))
+        if isinstance(deleted, BrokerError):
+            raise deleted
+        self.metrics.deleted.inc(deleted)
+        return {"deleted": deleted}
+
+    async def delete_batch(self, call: Call, receipts: Sequence[str]) -> dict[str, Any]:
+        results = await self._for_receipts(
+            receipts,
+            lambda leases: self.database.write(lambda connection: messages.delete(connection, leases)),
+        )
+        self.metrics.deleted.inc(sum(result is True for result in results))
+        return {
+            "results": [
+                {"error": error_object(result)} if isinstance(result, BrokerError) else {"deleted": result}
+                for result in results
+            ]
+        }
+
+    async def extend_visibility(self, call: Call, receipt: str, visibility_timeout: float) -> dict[str, Any]:
+        (extended,) = await self._extend([lease_of(receipt)], visibility_timeout)
+        if isinstance(extended, BrokerError):
+            raise extended
+        return {"visible_at": timestamp(extended.visible_at)}
+
+    async def extend_visibility_batch(
+        self, call: Call, receipts: Sequence[str], visibility_timeout: float
+    ) -> dict[str, Any]:
+        results = await self._for_receipts(receipts, lambda leases: self._extend(leases, visibility_timeout))
+        return {
+            "results": [
+                {"error": error_object(result)}
+                if isinstance(result, BrokerError)
+                else {"visible_at": timestamp(result.visible_at)}
+                for result in results
+            ]
+        }
+
+    async def _extend(
+        self, leases: Sequence[Lease], visibility_timeout: float
+    ) -> list[messages.Extended | BrokerError]:
+        results = await self.database.write(lambda connection: messages.extend(connection, leases, visibility_timeout))
+        if visibility_timeout < SHORT_LEASE_SECONDS:
+            for result in results:
+                if not isinstance(result, BrokerError):
+                    self.waiting.tell(News(result.queue, visibility_timeout, 1))
+        return results
+
+    async def _for_receipts(self, receipts: Sequence[str], work: Any) -> list[Any]:
+        """Do the work for those receipts that are ones; put InvalidReceipt in the place of the others."""
+        results: list[Any] = []
+        leases: list[Lease] = []
+        places: list[int] = []
+        for place, receipt in enumerate(receipts):
+            try:
+                leases.append(lease_of(receipt))
+                places.append(place)
+                results.append(None)
+            except BrokerError as error:
+                results.append(error)
+        if leases:
+            for place, result in zip(places, await work(leases), strict=True):
+                results[place] = result
+        return results
+
+    async def create_queue(self, call: Call, queue: str, **attributes: Any) -> Queue:
+        return await self.database.write(lambda connection: queues.create(connection, queue, attributes))
+
+    async def update_queue(self, call: Call, queue: str, **attributes: Any) -> Queue:
+        updated = await self.database.write(lambda connection: queues.update(connection, queue, attributes))
+        self.waiting.tell(News(queue, 0.0, 1))
+        return updated
+
+    async def get_queue(self, call: Call, queue: str) -> Queue:
+        found = await self.database.read(lambda connection: queues.get(connection, queue))
+        if not await self._add_counts([found]):
+            raise QueueNotFound(queue=queue)
+        return found
+
+    async def list_queues(self, call: Call, prefix: str, counts: bool, limit: int, after: str | None) -> dict[str, Any]:
+        page, next_name = await self.database.read(
+            lambda connection: queues.list_by_name(connection, prefix, limit, after)
+        )
+        return {"queues": await self._add_counts(page) if counts else page, "next": next_name}
+
+    async def _add_counts(self, page: list[Queue]) -> list[Queue]:
+        """Add what lies in the queues; those that were deleted meanwhile are left out."""
+        names = [each.queue for each in page]
+        counted = await self.database.read(lambda connection: inspection.count(connection, names))
+        page = [each for each in page if each.queue in counted]
+        for each in page:
+            each.counts, each.oldest_ready_age = counted[each.queue]
+        return page
+
+    async def purge_queue(self, call: Call, queue: str) -> dict[str, Any]:
+        purged, complete = await queues.purge(self.database, queue)
+        return {"purged": purged, "complete": complete}
+
+    async def delete_queue(self, call: Call, queue: str) -> dict[str, Any]:
+        deleted, complete = await queues.delete(self.database, queue)
+        self.waiting.tell(News(queue, 0.0, 2**31))
+        return {"deleted_messages": deleted, "complete": complete}
+
+    async def count_messages(self, call: Call, queue: str | None, status: str | None) -> Counts | dict[str, Any]:
+        if queue is None:
+            counts = await self.database.read(inspection.count_all)
+        else:
+            counted = await self.database.read(lambda connection: inspection.count(connection, [queue]))
+            if queue not in counted:
+                raise QueueNotFound(queue=queue)
+            counts, _ = counted[queue]
+        return counts if status is None else inspection.of_status(counts, status)
+
+    async def list_messages(
+        self, call: Call, queue: str, status: str | None, limit: int, after: str | None
+    ) -> dict[str, Any]:
+        after_number = -1 if after is None else message_number_of(after)
+        if after_number is None:
+            raise InvalidParams(reason="`after` must be the `next` of the page before.", param="after", given=after)
+        page, next_id = await self.database.read(
+            lambda connection: inspection.list_by_id(connection, queue, status, limit, after_number)
+        )
+        return {"messages": page, "next": next_id}
+
+    async def get_message(self, call: Call, queue: str, message_id: str) -> Any:
+        return await self.database.read(lambda connection: inspection.get(connection, queue, message_id))
+
+    async def update_message(
+        self,
+        call: Call,
+        queue: str,
+        message_id: str,
+        receipt: str | None,
+        body: Raw | UnsetType,
+        headers: dict[str, str] | UnsetType,
+    ) -> Any:
+        if body is UNSET and headers is UNSET:
+            raise InvalidParams(reason="Nothing to change: name `body`, `headers` or both.", param="body")
+        lease = None if receipt is None else lease_of(receipt)
+        return await self.database.write(
+            lambda connection: inspection.update(
+                connection,
+                queue,
+                message_id,
+                lease,
+                None if isinstance(body, UnsetType) else json_text(body),
+                None if isinstance(headers, UnsetType) else header_text(headers),
+                changes_headers=headers is not UNSET,
+            )
+        )
+
+    async def delete_message(self, call: Call, queue: str, message_id: str, receipt: str | None) -> dict[str, Any]:
+        lease = None if receipt is None else lease_of(receipt)
+        deleted = await self.database.write(lambda connection: inspection.delete(connection, queue, message_id, lease))
+        self.metrics.deleted.inc(deleted)
+        return {"deleted": deleted}
+
+    async def get_server(self, call: Call) -> dict[str, Any]:
+        facts = await self.database.read(inspection.server_facts)
+        return {
+            "version": __version__,
+            "uptime": round(time.monotonic() - self.started_at, 3),
+            "postgresql_version": facts.version,
+            "durability": facts.durability,
+            "processes": self.settings.processes,
+            "limits": {
+                "max_request_bytes": self.settings.max_request_bytes,
+                "max_connections": self.settings.max_connections,
+                "max_calls": self.settings.max_calls,
+                "max_waiting_consumers": self.settings.max_waiting_consumers,
+                "database_connections": self.settings.database_connections,
+                "request_timeout": self.settings.request_timeout,
+            },
+        }
+
+    async def discover(self, call: Call) -> Mapping[str, Any]:
+        return self.document
+
+
+def new_message(
+    body: Raw, headers: dict[str, str], sender: str | None, delay: float | None, ttl: float | None
+) -> NewMessage:
+    """Return what is stored for a message as a client sent it. Raises InvalidParams."""
+    return NewMessage(json_text(body), header_text(headers), sender, delay, ttl)
+
+
+def json_text(body: Raw) -> str:
+    """Return a body's text, as it was sent."""
+    return bytes(body).decode()
+
+
+def header_text(headers: dict[str, str]) -> str | None:
+    """Return headers as JSON, None where there are none. Raises InvalidParams over 4 KiB."""
+    if not headers:
+        return None
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
+    if size > MAX_HEADER_BYTES:
+        raise InvalidParams(
+            reason=f"`headers` may have {MAX_HEADER_BYTES} bytes in all, and {size} were given.",
+            param="headers",
+            limit=MAX_HEADER_BYTES,
+            given=size,
+        )
+    return msgspec.json.encode(headers).decode()
+
+
+def _enqueued(number: int) -> dict[str, Any]:
+    return {"message_id": message_id_of(number), "duplicate": False}

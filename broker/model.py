@@ -1,0 +1,174 @@
+"""The nouns of the domain as they are handed from storage to methods to the wire.
+
+Shapes are the contract's, field by field and in its order. Bodies are `msgspec.Raw`: the bytes that
+the producer sent, never parsed.
+"""
+
+from __future__ import annotations
+
+import binascii
+import struct
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from broker.errors import InvalidReceipt
+
+MAX_BODY_BYTES_PER_ANSWER = 8 * 2**20
+NO_TIME = timedelta(0)
+
+# The lanes of a queue: what was never handed out, and what was handed out before.
+FRESH = 0
+RETURNED = 1
+
+
+@dataclass(frozen=True)
+class NewMessage:
+    """A message to store. `delay` and `ttl` in seconds, None for the queue's; `body` and `headers` are JSON."""
+
+    body: str
+    headers: str | None
+    sender: str | None
+    delay: float | None
+    ttl: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One delivery of one message. `token` is random, so that a receipt cannot be guessed."""
+
+    queue_id: int
+    id: int
+    token: UUID
+
+
+# A receipt is a lease in 32 bytes: queue, message, token, and a checksum, so that a receipt cut short or
+# mistyped is told apart from one whose message is gone.
+_LEASE = struct.Struct(">IQ16s")
+_CHECKSUM = struct.Struct(">I")
+_RECEIPT_LENGTH = 43
+
+
+def receipt_of(lease: Lease) -> str:
+    """Return the receipt that names this lease: 43 characters of A-Z a-z 0-9 - _."""
+    packed = _LEASE.pack(lease.queue_id, lease.id, lease.token.bytes)
+    packed += _CHECKSUM.pack(binascii.crc32(packed))
+    return urlsafe_b64encode(packed)[:_RECEIPT_LENGTH].decode()
+
+
+def lease_of(receipt: str) -> Lease:
+    """Return the lease that a receipt names.
+
+    Raises InvalidReceipt where its form alone shows that this broker did not make it.
+    """
+    if len(receipt) != _RECEIPT_LENGTH or not receipt.isascii():
+        raise InvalidReceipt
+    try:
+        packed = urlsafe_b64decode(receipt + "=")
+    except binascii.Error:
+        raise InvalidReceipt from None
+    if len(packed) != _LEASE.size + _CHECKSUM.size:
+        raise InvalidReceipt
+    queue_id, message_id, token = _LEASE.unpack_from(packed)
+    lease = Lease(queue_id, message_id, UUID(bytes=token))
+    # Decoding forgives foreign characters and spare bits; the way back does not.
+    if queue_id >= 2**31 or message_id >= 2**63 or receipt_of(lease) != receipt:
+        raise InvalidReceipt
+    return lease
+
+
+def message_id_of(number: int) -> str:
+    """Return a message's id as clients see it: 16 hexadecimal digits, in the order of the numbers."""
+    return f"{number:016x}"
+
+
+def message_number_of(message_id: str) -> int | None:
+    """Return the number behind a message's id, or None where no message can have this id."""
+    if len(message_id) != 16 or not all(digit in "0123456789abcdef" for digit in message_id):
+        return None
+    number = int(message_id, 16)
+    return number if number < 2**63 else None
+
+
+def timestamp(moment: datetime) -> str:
+    """Return RFC 3339 in UTC with microseconds, always all six."""
+    if moment.utcoffset() != NO_TIME:
+        moment = moment.astimezone(UTC)
+    return moment.isoformat(timespec="microseconds")[:26] + "Z"
+
+
+def timestamp_or_null(moment: datetime | None) -> str | None:
+    """As `timestamp`; None stays None."""
+    return None if moment is None else timestamp(moment)
+
+
+def number(value: float) -> float | int:
+    """Return a number as a person would write it: 30, not 30.0."""
+    return int(value) if value == int(value) else value
+
+
+class Message(msgspec.Struct):
+    """A message as it is delivered."""
+
+    message_id: str
+    queue: str
+    receipt: str | None
+    body: msgspec.Raw
+    headers: msgspec.Raw
+    sender: str | None
+    receive_count: int
+    enqueued_at: str
+    first_received_at: str | None
+    visible_at: str
+    expires_at: str | None
+    dead_letter: dict[str, Any] | None = None
+
+
+class StoredMessage(msgspec.Struct):
+    """A message as it is seen from outside."""
+
+    message_id: str
+    queue: str
+    status: str
+    body: msgspec.Raw
+    headers: msgspec.Raw
+    sender: str | None
+    receive_count: int
+    enqueued_at: str
+    first_received_at: str | None
+    visible_at: str
+    expires_at: str | None
+    dead_letter: dict[str, Any] | None = None
+
+
+class Counts(msgspec.Struct):
+    """Messages of one queue by status."""
+
+    ready: int
+    delayed: int
+    leased: int
+    total: int
+    exact: bool
+
+
+class Queue(msgspec.Struct):
+    """A queue and its attributes. Times in seconds. The last two are there when they were asked for."""
+
+    queue: str
+    visibility_timeout: float
+    message_ttl: float | None
+    delay: float
+    max_message_bytes: int
+    max_receives: int | None
+    dead_letter_queue: str | None
+    idempotency_window: float
+    max_messages: int | None
+    paused: bool
+    created_at: str
+    updated_at: str
+    counts: Counts | msgspec.UnsetType = msgspec.UNSET
+    oldest_ready_age: float | None | msgspec.UnsetType = msgspec.UNSET

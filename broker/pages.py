@@ -1,0 +1,161 @@
+"""What is served by GET: whether the broker lives and is ready, metrics, the schema, and a page of queues."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from broker import __version__
+from broker.errors import BrokerError, Unavailable, error_answer
+from broker.metrics import CONTENT_TYPE, MAX_QUEUES_SHOWN, Metrics
+from broker.storage import inspection, migrate, queues
+from broker.storage.database import Database
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+Gauges = Callable[[], None]
+
+
+class Pages:
+    """The GET routes."""
+
+    def __init__(
+        self,
+        database: Database,
+        metrics: Metrics,
+        document: Mapping[str, Any],
+        *,
+        is_draining: Callable[[], bool],
+        read_gauges: Gauges,
+    ) -> None:
+        self._database = database
+        self._metrics = metrics
+        self._schema = msgspec.json.encode(document)
+        self._is_draining = is_draining
+        self._read_gauges = read_gauges
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the routes, for aiohttp."""
+        pages: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {
+            "/": self.index,
+            "/livez": self.livez,
+            "/readyz": self.readyz,
+            "/healthz": self.readyz,
+            "/metrics": self.show_metrics,
+            "/openrpc.json": self.openrpc,
+        }
+        return [web.get(path, page) for path, page in pages.items()]
+
+    async def livez(self, _request: web.Request) -> web.Response:
+        """Say that the process answers."""
+        return web.json_response({"status": "alive", "version": __version__})
+
+    async def readyz(self, _request: web.Request) -> web.Response:
+        """Say whether calls would be served: the database answers, its schema is ours, nothing is being stopped."""
+        if self._is_draining():
+            return unavailable(Unavailable(reason="is fine, but this broker is being stopped").with_data(draining=True))
+        try:
+            newest = await self._database.read(migrate.newest_applied)
+            facts = await self._database.read(inspection.server_facts)
+        except BrokerError as error:
+            return unavailable(error.with_data(database="unavailable", draining=False))
+        if newest < migrate.available_migrations()[-1][0]:
+            return unavailable(
+                Unavailable(reason="is not migrated").with_data(database="ok", migrations=newest, draining=False)
+            )
+        return web.json_response(
+            {
+                "status": "ready",
+                "database": "ok",
+                "migrations": newest,
+                "draining": False,
+                "durability": facts.durability["level"],
+            }
+        )
+
+    async def show_metrics(self, _request: web.Request) -> web.Response:
+        """Serve the metrics; where the database does not answer, those that need none."""
+        self._read_gauges()
+        try:
+            page, _ = await self._database.read(
+                lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)
+            )
+            names = [each.queue for each in page]
+            self._metrics.show_queues(await self._database.read(lambda connection: inspection.count(connection, names)))
+        except BrokerError:
+            self._metrics.show_queues({})
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def openrpc(self, _request: web.Request) -> web.Response:
+        """Serve the schema."""
+        return web.Response(body=self._schema, content_type="application/json")
+
+    async def index(self, _request: web.Request) -> web.Response:
+        """Serve a page with the counts of the queues; it loads itself anew every five seconds."""
+        try:
+            page, more = await self._database.read(
+                lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)
+            )
+            names = [each.queue for each in page]
+            counted = await self._database.read(lambda connection: inspection.count(connection, names))
+        except BrokerError as error:
+            return unavailable(error)
+        rows = [_row(name, *counted[name]) for name in names if name in counted]
+        note = f"<p>The first {MAX_QUEUES_SHOWN} queues by name; <code>list_queues</code> has them all.</p>"
+        text = _PAGE.format(version=html.escape(__version__), rows="\n".join(rows), note=note if more else "")
+        return web.Response(text=text, content_type="text/html", headers=SECURITY_HEADERS)
+
+
+def unavailable(error: BrokerError) -> web.Response:
+    """Answer 503 with the error, and when to ask again."""
+    return web.Response(
+        status=503, body=error_answer(error), content_type="application/json", headers={"Retry-After": "1"}
+    )
+
+
+def _row(name: str, counts: Any, oldest_ready_age: float | None) -> str:
+    about = "" if counts.exact else "about "
+    figures = (counts.ready, counts.delayed, counts.leased, counts.total)
+    age = "" if oldest_ready_age is None else f"{oldest_ready_age:,.0f} s"
+    cells = "".join(f"<td>{about if figure > inspection.EXACT_UP_TO else ''}{figure:,}</td>" for figure in figures)
+    return f'<tr><th scope="row">{html.escape(name)}</th>{cells}<td>{age}</td></tr>'
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="5">
+<title>WonderQ</title>
+<style>
+:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .4rem .6rem; text-align: right; border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }}
+th:first-child {{ text-align: left; overflow-wrap: anywhere; }}
+</style>
+</head>
+<body>
+<h1>WonderQ</h1>
+<table>
+<caption>Messages by queue</caption>
+<thead><tr><th scope="col">Queue</th><th scope="col">Ready</th><th scope="col">Delayed</th><th scope="col">Leased</th><th scope="col">Total</th><th scope="col">Oldest ready</th></tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+{note}
+<p><small>Version {version}. <a href="/openrpc.json">Schema</a> · <a href="/metrics">Metrics</a> · <a href="/readyz">Readiness</a></small></p>
+</body>
+</html>
+"""  # noqa: E501

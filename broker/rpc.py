@@ -1,0 +1,315 @@
+"""`POST /rpc`: from the bytes of a request to the bytes of its answer.
+
+The envelope and the batch are read here, because jsonrpcserver would refuse a whole batch for one bad element;
+calling the method and its outcome go through jsonrpcserver, and only this module knows that. An `id` is
+answered with the very bytes that it came in.
+
+Promises: one bad element of a batch spoils no other; whatever a method raises becomes an error of the contract
+that says nothing of the inside; what a method leased for a client that is gone is undone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Protocol
+from uuid import uuid4
+
+import msgspec
+from aiohttp import web
+from jsonrpcserver.async_dispatcher import dispatch_request
+from jsonrpcserver.request import Request as DispatchRequest
+from jsonrpcserver.result import Error, Result, Success
+from jsonrpcserver.sentinels import NOID
+from msgspec import Raw
+from oslash.either import Left
+
+from broker.connections import ConnectionLimits, client_has_hung_up, read_body
+from broker.errors import (
+    BrokerError,
+    InternalError,
+    InvalidParams,
+    InvalidRequest,
+    MethodNotFound,
+    ParseError,
+    error_answer,
+)
+from broker.schema import NO_PARAMS, MethodSchema, SchemaError
+
+log = logging.getLogger("broker.rpc")
+
+MAX_BATCH = 1_000
+MAX_NESTING = 128
+
+_NULL = Raw(b"null")
+_NOTHING = Raw(b"")
+_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+# A batch of more scalars, empty arrays or objects than it may hold is refused before it is taken apart.
+_TOO_MANY_SMALL = re.compile(rb'\s*\[(?:\s*(?:[^\s\[\]{}",]+|\{\s*\}|\[\s*\]|"[^"\\]*")\s*,){%d}' % MAX_BATCH)
+
+
+@dataclass
+class Call:
+    """What a method may know of the request that it serves."""
+
+    is_notification: bool = False
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+
+Method = Callable[..., Awaitable[Any]]
+
+
+class Watcher(Protocol):
+    """Hears of every call that was carried out."""
+
+    def call_ended(self, method: str, outcome: str, seconds: float) -> None: ...
+
+
+class _Envelope(msgspec.Struct):
+    jsonrpc: Raw = _NOTHING
+    method: Raw = _NOTHING
+    params: Raw = _NOTHING
+    id: Raw = _NOTHING
+
+
+_read_envelope = msgspec.json.Decoder(_Envelope).decode
+_read_any = msgspec.json.Decoder(Raw).decode
+_read_elements = msgspec.json.Decoder(list[Raw]).decode
+_read_string = msgspec.json.Decoder(str).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def check_methods(schemas: Mapping[str, MethodSchema], methods: Mapping[str, Method]) -> None:
+    """Raise SchemaError, naming the culprit, where schema and functions disagree.
+
+    A function takes the call first and then the params of its method, in the schema's order; what it does not
+    name goes into its `**` parameter, if it has one.
+    """
+    for name in schemas.keys() ^ methods.keys():
+        where = "the schema and has no function" if name in schemas else "the functions and not in the schema"
+        raise SchemaError(f"the method {name} is in {where}")
+    for name, schema in schemas.items():
+        parameters = list(inspect.signature(methods[name]).parameters.values())[1:]
+        named = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        declared = list(schema.params)
+        if declared[: len(named)] != named or (len(declared) > len(named) and len(parameters) == len(named)):
+            raise SchemaError(f"the method {name} takes {named}, and the schema says {declared}")
+
+
+class Rpc:
+    """Answers requests with the methods it was given."""
+
+    def __init__(
+        self,
+        schemas: Mapping[str, MethodSchema],
+        methods: Mapping[str, Method],
+        limits: ConnectionLimits,
+        watcher: Watcher | None = None,
+    ) -> None:
+        check_methods(schemas, methods)
+        self._schemas = schemas
+        self._limits = limits
+        self._watcher = watcher
+        self._methods = {name: _for_jsonrpcserver(method) for name, method in methods.items()}
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer one HTTP request whose headers have been found good."""
+        text = await read_body(request, self._limits)
+        undo: list[Callable[[], None]] = []
+        try:
+            answer = await self.answer(text, undo)
+            if undo and client_has_hung_up(request):
+                raise ConnectionResetError
+            if answer is None:
+                return web.Response(status=204)
+            response = web.Response(body=answer, content_type="application/json")
+            if undo:
+                # Written here, so that what was taken for a client that is gone is undone.
+                await response.prepare(request)
+                await response.write_eof()
+        except asyncio.CancelledError:
+            _undo(undo)
+            raise
+        except ConnectionError:
+            _undo(undo)
+            return web.Response(status=204)  # nobody reads it
+        return response
+
+    async def answer(self, text: bytes, undo: list[Callable[[], None]]) -> bytes | None:
+        """Return the JSON-RPC answer to a request's text, None where there is nothing to answer.
+
+        What has to be undone if the answer does not arrive is added to `undo`.
+        """
+        try:
+            elements = _elements(text)
+        except BrokerError as error:
+            return error_answer(error)
+        if elements is None:
+            return await self._answer_one(Raw(text), undo)
+        answers = await asyncio.gather(*(self._answer_one(element, undo) for element in elements))
+        given = [answer for answer in answers if answer is not None]
+        return b"[" + b",".join(given) + b"]" if given else None
+
+    async def _answer_one(self, element: Raw, undo: list[Callable[[], None]]) -> bytes | None:
+        began_at = time.perf_counter()
+        call_id = _NULL
+        name = "invalid"
+        call = Call(undo=undo)
+        try:
+            envelope = _envelope(element)
+            call.is_notification = not bytes(envelope.id)
+            call_id = _id(envelope)
+            method = _method(envelope)
+            schema = self._schemas.get(method)
+            if schema is None:
+                raise MethodNotFound(method=method[:128])
+            name = method
+            kwargs = schema.read(_params(envelope))
+            result = await self._dispatch(method, kwargs, call)
+        except InvalidRequest as error:
+            call.is_notification = False
+            return self._refused(name, error, call_id, call, began_at)
+        except BrokerError as error:
+            return self._refused(name, error, call_id, call, began_at)
+        if self._watcher is not None:
+            self._watcher.call_ended(name, "ok", time.perf_counter() - began_at)
+        if call.is_notification:
+            return None
+        return b'{"jsonrpc":"2.0","result":' + _encode(result) + b',"id":' + bytes(call_id) + b"}"
+
+    def _refused(self, name: str, error: BrokerError, call_id: Raw, call: Call, began_at: float) -> bytes | None:
+        if self._watcher is not None:
+            self._watcher.call_ended(name, error.type, time.perf_counter() - began_at)
+        return None if call.is_notification else error_answer(error, call_id)
+
+    async def _dispatch(self, method: str, kwargs: dict[str, Any], call: Call) -> Any:
+        """Call a method through jsonrpcserver; return its result or raise its error."""
+        _, outcome = await dispatch_request(self._methods, call, DispatchRequest(method, kwargs, NOID))
+        if isinstance(outcome, Left):
+            raise outcome._error.data
+        return outcome._value.result
+
+
+def _undo(undo: list[Callable[[], None]]) -> None:
+    for undo_one in undo:
+        undo_one()
+
+
+def _for_jsonrpcserver(method: Method) -> Method:
+    """Wrap a method as jsonrpcserver wants it: it returns a Result and never raises.
+
+    The error itself travels in `data`: it is translated once, by our own code, and not at all by theirs.
+    """
+
+    async def adapter(call: Call, **params: Any) -> Result:
+        try:
+            return Success(await method(call, **params))
+        except BrokerError as error:
+            return Error(error.code, error.message, error)
+        except Exception:
+            failure = _internal_error("unknown")
+            log.exception("method failed request_id=%s", failure.extra["request_id"])
+            return Error(failure.code, failure.message, failure)
+
+    # jsonrpcserver asks for the signature at every call; the schema has been checked against it already.
+    adapter.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter("call", inspect.Parameter.POSITIONAL_ONLY),
+            inspect.Parameter("params", inspect.Parameter.VAR_KEYWORD),
+        ]
+    )
+    return adapter
+
+
+def _internal_error(outcome: str) -> InternalError:
+    return InternalError(outcome=outcome, request_id=uuid4().hex[:12])
+
+
+def _elements(text: bytes) -> list[Raw] | None:
+    """Return the elements of a batch, None where the text is a single request. Raises ParseError, InvalidRequest."""
+    try:
+        text.decode()
+        if text.lstrip(b" \t\r\n")[:1] != b"[":
+            _read_any(text)
+            return None
+        if _TOO_MANY_SMALL.match(text):
+            raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls")
+        elements = _read_elements(text)
+    except UnicodeDecodeError as error:
+        raise ParseError(reason=f"byte {error.start} is not UTF-8") from None
+    except msgspec.DecodeError as error:
+        raise ParseError(reason=_without_prefix(str(error))) from None
+    except RecursionError:
+        raise _too_deep() from None
+    if not elements:
+        raise InvalidRequest(reason="a batch holds at least one call")
+    if len(elements) > MAX_BATCH:
+        raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls, and this one has {len(elements)}")
+    return elements
+
+
+def _without_prefix(message: str) -> str:
+    return message.removeprefix("JSON is malformed: ")
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(reason=f"it is nested deeper than {MAX_NESTING}")
+
+
+def nesting(text: bytes) -> int:
+    """Return how deep valid JSON is nested: 0 for a scalar."""
+    brackets = _STRING.sub(b"", text).translate(None, _NOT_BRACKETS)
+    if len(brackets) <= 2:
+        return len(brackets) // 2
+    steps = memoryview(brackets.translate(_STEPS)).cast("b")
+    return max(accumulate(steps))
+
+
+def _envelope(element: Raw) -> _Envelope:
+    text = bytes(element)
+    # Few brackets cannot be deep; only where there are many is their nesting counted.
+    if text.count(b"[") + text.count(b"{") > MAX_NESTING and nesting(text) > MAX_NESTING:
+        raise _too_deep()
+    try:
+        return _read_envelope(element)
+    except msgspec.ValidationError:
+        raise InvalidRequest(reason="a request is an object") from None
+
+
+def _id(envelope: _Envelope) -> Raw:
+    first = bytes(envelope.id)[:1]
+    if first in b"tf[{" and first:
+        raise InvalidRequest(reason="`id` is a string, a number or null")
+    return envelope.id if first else _NULL
+
+
+def _method(envelope: _Envelope) -> str:
+    """Return the method's name; check the rest of the envelope too. Raises InvalidRequest."""
+    if bytes(envelope.jsonrpc) != b'"2.0"' and not _is_version_2(envelope.jsonrpc):
+        raise InvalidRequest(reason='`jsonrpc` must be "2.0"')
+    if bytes(envelope.method)[:1] != b'"':
+        raise InvalidRequest(reason="`method` must be a string")
+    if bytes(envelope.params)[:1] not in (b"{", b"[", b""):
+        raise InvalidRequest(reason="`params` must be an object")
+    return _read_string(envelope.method)
+
+
+def _is_version_2(version: Raw) -> bool:
+    """Whether it says 2.0 in some other way of writing the string."""
+    return bytes(version)[:1] == b'"' and _read_string(version) == "2.0"
+
+
+def _params(envelope: _Envelope) -> Raw:
+    if bytes(envelope.params)[:1] == b"[":
+        raise InvalidParams(
+            reason="Params go by name: send `params` as an object.", param="params", limit="an object", given="an array"
+        )
+    return envelope.params if bytes(envelope.params) else NO_PARAMS

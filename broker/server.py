@@ -1,0 +1,308 @@
+"""The server: builds each part once, joins them, starts and stops them in order.
+
+Start: PostgreSQL (its own, or the one it is told of), migrations, pool, services, HTTP; then one line on
+standard output says where it listens. Stop, on SIGTERM or SIGINT: new work is refused with 503, those who wait
+get an empty answer, what is under way is answered, then everything ends in the opposite order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any
+
+import psycopg
+from aiohttp import web
+
+from broker.connections import ConnectionLimits, ConnectionRunner
+from broker.embedded import EmbeddedError, EmbeddedPostgres
+from broker.errors import BrokerError, InvalidRequest, Unavailable, error_answer
+from broker.methods import Methods
+from broker.metrics import Metrics
+from broker.pages import Pages, unavailable
+from broker.rpc import Rpc
+from broker.schema import compile_methods, load_document
+from broker.settings import Settings
+from broker.storage import inspection
+from broker.storage.database import Database
+from broker.storage.migrate import MigrationError, migrate
+from broker.storage.notifications import Notifications
+from broker.sweeper import Sweeper
+from broker.waiting import WaitingRoom
+
+log = logging.getLogger("broker.server")
+
+# Of the ten seconds within which the server must stop, what is under way gets this much.
+DRAIN_SECONDS = 5.0
+STOP_SERVICES_SECONDS = 1.0
+RETRY_SECONDS = 0.5
+# An embedded PostgreSQL that dies this often without a minute of life between is not started again.
+MAX_CRASHES = 5
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why and what to do."""
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises StartError, EmbeddedError or MigrationError where it cannot."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    check_binding(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        conninfo = settings.database_url
+        if conninfo is None:
+            conninfo = await stack.enter_async_context(embedded_postgres(settings, stop))
+        await prepare(conninfo, settings, stop)
+        if stop.is_set():
+            return
+        server = await stack.enter_async_context(Server(conninfo, settings))
+        print(f"listening on {server.url}", flush=True)  # noqa: T201
+        await stop.wait()
+        log.info("stopping")
+
+
+def check_binding(settings: Settings) -> None:
+    """Refuse to open the broker to the network unless that was said aloud."""
+    if is_loopback(settings.host):
+        return
+    if settings.auth != "off":
+        raise StartError(
+            f"Whoever reaches {settings.host} could do everything. Listen on 127.0.0.1 behind a proxy that asks"
+            " for credentials, or say --auth off (BROKER_AUTH=off) in a network that you trust."
+        )
+    log.warning("NO AUTHENTICATION: whoever reaches the port may do everything host=%s", settings.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as a flag or a Host header names it, is this machine and no other."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
+
+
+@contextlib.asynccontextmanager
+async def embedded_postgres(settings: Settings, stop: asyncio.Event) -> AsyncIterator[str]:
+    """Run a PostgreSQL of our own and start it again should it die; yield how to connect to it."""
+    postgres = EmbeddedPostgres(settings.data_dir)
+    conninfo = await postgres.start()
+    log.info("embedded PostgreSQL runs data_dir=%s", settings.data_dir)
+    keeper = asyncio.create_task(keep_running(postgres, stop))
+    try:
+        yield conninfo
+    finally:
+        keeper.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeper
+        await postgres.stop()
+
+
+async def keep_running(postgres: EmbeddedPostgres, stop: asyncio.Event) -> None:
+    """Start PostgreSQL again whenever it has ended; give up, and stop the broker, where it does not stay."""
+    crashes = 0
+    while True:
+        began_at = time.monotonic()
+        code = await postgres.wait_ended()
+        crashes = 1 if time.monotonic() - began_at > 60 else crashes + 1
+        log.error("embedded PostgreSQL has ended and is started again exit_code=%s", code)
+        try:
+            if crashes > MAX_CRASHES:
+                raise EmbeddedError("it does not stay up")
+            await postgres.stop()
+            await postgres.start()
+        except EmbeddedError as error:
+            log.error("embedded PostgreSQL cannot be started reason=%s", error)
+            stop.set()
+            return
+
+
+async def prepare(conninfo: str, settings: Settings, stop: asyncio.Event) -> None:
+    """Wait for the database and migrate it. Raises StartError where it cannot be reached in time."""
+    give_up_at = time.monotonic() + settings.startup_timeout
+    while not stop.is_set():
+        try:
+            for name in await migrate(conninfo):
+                log.info("migrated name=%s", name)
+            return
+        except psycopg.OperationalError as error:
+            reason = str(error).splitlines()[0]
+            if time.monotonic() >= give_up_at or (error.sqlstate or "").startswith(("28", "3D")):
+                raise StartError(
+                    f"The database cannot be used: {reason}. Check --database-url (DATABASE_URL), or leave it out"
+                    " for an embedded PostgreSQL."
+                ) from error
+            log.warning("waiting for the database reason=%s", reason)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_SECONDS):
+                    await stop.wait()
+        except psycopg.Error as error:
+            raise StartError(
+                f"The database cannot be migrated: {error}. The role needs the right to create a schema in it."
+            ) from error
+
+
+class Server:
+    """One broker on a migrated database: an async context manager that serves while it is entered."""
+
+    def __init__(self, conninfo: str, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.database = Database(
+            conninfo,
+            connections=settings.database_connections,
+            max_calls=settings.max_calls,
+            request_timeout=settings.request_timeout,
+        )
+        self.waiting = WaitingRoom(self.database, max_waiting=settings.max_waiting_consumers)
+        self.notifications = Notifications(self.database, self.waiting.hear, self.waiting.look_at_all)
+        self.waiting.tell_others = self.notifications.tell
+        self.sweeper = Sweeper(self.database, self.metrics, self.waiting.hear, interval=settings.sweep_interval)
+        self.limits = ConnectionLimits(
+            max_body_bytes=settings.max_request_bytes, max_connections=settings.max_connections
+        )
+        document = load_document()
+        self.methods = Methods(self.database, self.waiting, self.metrics, settings, document)
+        self.rpc = Rpc(compile_methods(document), self.methods.by_name(), self.limits, self.metrics)
+        self.pages = Pages(
+            self.database,
+            self.metrics,
+            document,
+            is_draining=lambda: self.runner.is_draining,
+            read_gauges=self._read_gauges,
+        )
+        self.runner = ConnectionRunner(self._application(), limits=self.limits)
+        self._services: list[asyncio.Task[None]] = []
+
+    def _application(self) -> web.Application:
+        application = web.Application(middlewares=[self._guard], client_max_size=self.settings.max_request_bytes)
+        application.add_routes([web.post("/rpc", self._rpc), *self.pages.routes()])
+        return application
+
+    def _read_gauges(self) -> None:
+        self.metrics.waiting.set(self.waiting.waiting)
+        self.metrics.connections.set(len(self.runner.connections))
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host, port = self.runner.addresses[0][:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def __aenter__(self) -> Server:
+        await self.database.open(self.settings.startup_timeout)
+        await self._say_how_durable()
+        services: list[Coroutine[Any, Any, None]] = [
+            self.notifications.run(),
+            self.waiting.run(),
+            self.sweeper.run(),
+        ]
+        self._services = [asyncio.create_task(service) for service in services]
+        await self.runner.setup()
+        try:
+            await web.TCPSite(self.runner, self.settings.host, self.settings.port, backlog=1024).start()
+        except OSError as error:
+            await self._stop()
+            raise StartError(
+                f"Cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror}. Choose another --port;"
+                " 0 picks a free one."
+            ) from error
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.runner.start_draining()
+        closing = asyncio.create_task(self.waiting.close())
+        if not await self.runner.drain(DRAIN_SECONDS):
+            log.warning("stopped before every request was answered")
+        await closing
+        await self._stop()
+
+    async def _stop(self) -> None:
+        await self.runner.cleanup()
+        for service in self._services:
+            service.cancel()
+        if self._services:
+            _, running = await asyncio.wait(self._services, timeout=STOP_SERVICES_SECONDS)
+            if running:
+                self.database.cut_services()
+                await asyncio.wait(running, timeout=STOP_SERVICES_SECONDS)
+        await self.database.close()
+
+    async def _say_how_durable(self) -> None:
+        facts = await self.database.read(inspection.server_facts)
+        level = facts.durability["level"]
+        log.info("database postgresql=%s durability=%s", facts.version, level)
+        if level == "at_risk":
+            log.warning("ACKNOWLEDGED MESSAGES CAN BE LOST in a crash settings=%s", facts.durability)
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuse what no route should see, and give every refusal the body of a JSON-RPC error."""
+        if not self._is_host_allowed(request.headers.get("Host")):
+            reason = "the Host header names another server; add the name with --allowed-host"
+            return refuse(421, InvalidRequest(reason=reason))
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            reason = "there is nothing at this address: calls go to POST /rpc"
+            if error.status == 405:
+                reason = f"this address does not take {request.method}"
+            allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+            return refuse(error.status, InvalidRequest(reason=reason), allow)
+
+    async def _rpc(self, request: web.Request) -> web.StreamResponse:
+        if self.runner.is_draining:
+            return unavailable(Unavailable(reason="is fine, but this broker is being stopped"))
+        if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            return refuse(415, InvalidRequest(reason="bodies are not compressed; leave Content-Encoding away"))
+        if not is_json(request.headers.get("Content-Type", "")):
+            return refuse(415, InvalidRequest(reason="the Content-Type must be application/json"))
+        return await self.rpc.handle(request)
+
+    def _is_host_allowed(self, host: str | None) -> bool:
+        """Against DNS rebinding: a page of a foreign site cannot name us by that site's name."""
+        if host is None or not is_loopback(self.settings.host):
+            return True
+        name = host_name(host)
+        return is_loopback(name) or name in {allowed.lower() for allowed in self.settings.allowed_host}
+
+
+def host_name(host: str) -> str:
+    """Return the name in a Host header, without the port."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].split("]")[0]
+    return host.rsplit(":", 1)[0] if ":" in host else host
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a Content-Type is application/json, in UTF-8 if it says in what."""
+    media_type, *parameters = (part.strip().lower() for part in content_type.split(";"))
+    return media_type == "application/json" and all(
+        parameter.replace('"', "") in ("", "charset=utf-8") for parameter in parameters
+    )
+
+
+def refuse(status: int, error: BrokerError, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Answer with an HTTP status and a JSON-RPC error."""
+    return web.Response(status=status, body=error_answer(error), content_type="application/json", headers=headers)
+
+
+def run(settings: Settings) -> int:
+    """Serve; return the exit code. What stands in the way of a start is said in one line."""
+    try:
+        asyncio.run(serve(settings))
+    except (StartError, EmbeddedError, MigrationError, BrokerError) as error:
+        print(f"wonderq: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0

@@ -1,0 +1,218 @@
+"""The settings of the server: one table, from which flags, environment and docs are made.
+
+A flag wins over its environment variable, which wins over the default. Nothing else configures
+the server: there is no file to look for at three in the morning.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+def default_data_dir() -> Path:
+    """Return where an embedded PostgreSQL keeps its data when nobody says otherwise."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/wonderq")
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "wonderq"
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes; `8MiB`, `512KiB` and plain digits are understood."""
+    for unit, factor in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30)):
+        if text.endswith(unit):
+            return int(float(text.removesuffix(unit)) * factor)
+    return int(text)
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """Read a list of values separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one setting is named, read, bounded and explained."""
+
+    flag: str
+    variable: str
+    help: str
+    parse: Callable[[str], Any] = str
+    unit: str = ""
+    shown_default: str | None = None
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    repeatable: bool = False
+    secret: bool = False
+
+
+def setting(default: Any, **about: Any) -> Any:
+    """Declare a field of `Settings` together with its line of the table."""
+    if callable(default):
+        return field(default_factory=default, metadata={"setting": Setting(**about)})
+    return field(default=default, metadata={"setting": Setting(**about)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set, with its default."""
+
+    database_url: str | None = setting(
+        None,
+        flag="--database-url",
+        variable="DATABASE_URL",
+        shown_default="none: an embedded PostgreSQL",
+        help="The PostgreSQL to use (15 to 18), as a libpq URL or connection string. Several hosts"
+        " with target_session_attrs=read-write find the new primary after a failover.",
+        secret=True,
+    )
+    data_dir: Path = setting(
+        default_data_dir,
+        flag="--data-dir",
+        variable="BROKER_DATA_DIR",
+        parse=Path,
+        shown_default="/var/lib/wonderq as root, else $XDG_DATA_HOME/wonderq (~/.local/share/wonderq)",
+        help="Where the embedded PostgreSQL keeps its data. Not used with a database URL.",
+    )
+    host: str = setting(
+        "127.0.0.1",
+        flag="--host",
+        variable="BROKER_HOST",
+        help="The address to listen on. Anything but loopback needs --auth off, said aloud.",
+    )
+    port: int = setting(
+        8080,
+        flag="--port",
+        variable="BROKER_PORT",
+        parse=int,
+        minimum=0,
+        maximum=65535,
+        help="The port to listen on; 0 picks a free one.",
+    )
+    auth: str = setting(
+        "auto",
+        flag="--auth",
+        variable="BROKER_AUTH",
+        choices=("auto", "off"),
+        help="`auto`: whoever reaches the port may do everything, so only loopback is listened on."
+        " `off`: the same on any address, with a warning.",
+    )
+    allowed_host: tuple[str, ...] = setting(
+        (),
+        flag="--allowed-host",
+        variable="BROKER_ALLOWED_HOST",
+        parse=parse_list,
+        repeatable=True,
+        shown_default="none",
+        help="One more name that the Host header may carry while bound to loopback (localhost,"
+        " 127.0.0.1 and [::1] always may). Guards against DNS rebinding.",
+    )
+    processes: int = setting(
+        1,
+        flag="--processes",
+        variable="BROKER_PROCESSES",
+        parse=int,
+        minimum=1,
+        maximum=1,
+        help="Server processes on the port. Only 1 for now: start several brokers on one database"
+        " behind a load balancer instead.",
+    )
+    sweep_interval: float = setting(
+        1.0,
+        flag="--sweep-interval",
+        variable="BROKER_SWEEP_INTERVAL",
+        parse=float,
+        unit="seconds",
+        minimum=0.01,
+        maximum=3600,
+        help="How often expired messages are removed and ended leases counted. What clients see does not depend on it.",
+    )
+    request_timeout: float = setting(
+        10.0,
+        flag="--request-timeout",
+        variable="BROKER_REQUEST_TIMEOUT",
+        parse=float,
+        unit="seconds",
+        minimum=0.1,
+        maximum=600,
+        help="A call that the database has not answered by then (beyond its `wait`) is `unavailable`.",
+    )
+    startup_timeout: float = setting(
+        60.0,
+        flag="--startup-timeout",
+        variable="BROKER_STARTUP_TIMEOUT",
+        parse=float,
+        unit="seconds",
+        minimum=0,
+        maximum=86400,
+        help="How long a database that cannot be reached is tried for at the start.",
+    )
+    database_connections: int = setting(
+        8,
+        flag="--database-connections",
+        variable="BROKER_DATABASE_CONNECTIONS",
+        parse=int,
+        minimum=1,
+        maximum=200,
+        help="Connections for calls. Three more are used: to listen, to notify and to sweep.",
+    )
+    max_request_bytes: int = setting(
+        8 * 2**20,
+        flag="--max-request-bytes",
+        variable="BROKER_MAX_REQUEST_BYTES",
+        parse=parse_size,
+        unit="bytes",
+        shown_default="8MiB",
+        minimum=1024,
+        maximum=2**30,
+        help="The longest request body; more is answered 413.",
+    )
+    max_connections: int = setting(
+        10_000,
+        flag="--max-connections",
+        variable="BROKER_MAX_CONNECTIONS",
+        parse=int,
+        minimum=1,
+        maximum=1_000_000,
+        help="Client connections at one time; one more is answered 503.",
+    )
+    max_calls: int = setting(
+        10_000,
+        flag="--max-calls",
+        variable="BROKER_MAX_CALLS",
+        parse=int,
+        minimum=1,
+        maximum=1_000_000,
+        help="Calls that may wait for a database connection; one more is `overloaded`.",
+    )
+    max_waiting_consumers: int = setting(
+        10_000,
+        flag="--max-waiting-consumers",
+        variable="BROKER_MAX_WAITING_CONSUMERS",
+        parse=int,
+        minimum=1,
+        maximum=1_000_000,
+        help="Calls of `dequeue` that may wait for a message at one time; one more is `overloaded`.",
+    )
+    log_format: str = setting(
+        "auto",
+        flag="--log-format",
+        variable="BROKER_LOG_FORMAT",
+        choices=("auto", "console", "json"),
+        help="How log lines look on standard error: `auto` is console on a terminal, JSON elsewhere.",
+    )
+
+
+def settings_table() -> list[tuple[str, Setting, Any]]:
+    """Return (field name, its line of the table, default) for each setting, in order."""
+    table = []
+    for item in fields(Settings):
+        about: Setting = item.metadata["setting"]
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        table.append((item.name, about, default))
+    return table

@@ -1,0 +1,262 @@
+"""The connections to PostgreSQL: a pool for calls, deadlines, and errors translated into ours.
+
+Promises: a call ends at its deadline, also when the server hangs; a caller that is cancelled does not cut a
+statement short; whatever a statement raises reaches the caller as a `BrokerError` that says whether
+anything may have been done. Does not promise to repeat a call whose outcome is unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import select
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+from uuid import uuid4
+from weakref import WeakSet
+
+import msgspec
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
+from psycopg.pq import Format
+from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+
+from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
+
+T = TypeVar("T")
+Connection = AsyncConnection[tuple[Any, ...]]
+Operation = Callable[[Connection], Awaitable[T]]
+
+log = logging.getLogger("broker.database")
+
+# A statement whose server is gone is given up by us, not by libpq (its default is to wait for ever).
+CONNECT_TIMEOUT_SECONDS = 5
+# The pool's pause between two attempts to connect doubles up to this; then the next call tries afresh.
+RECONNECT_TIMEOUT_SECONDS = 3
+ATTEMPTS_AFTER_DEADLOCK = 3
+
+# Plans must not depend on what the table looked like when a statement was first prepared: one made on an
+# empty table stays in use when there are millions of rows. Parallel workers and JIT cost more than they
+# give for a few rows.
+SESSION_SETTINGS = {
+    "application_name": "wonderq",
+    "plan_cache_mode": "force_custom_plan",
+    "jit": "off",
+    "max_parallel_workers_per_gather": "0",
+    "idle_in_transaction_session_timeout": "10s",
+    "TimeZone": "UTC",
+}
+
+# SQLSTATEs after which the outcome is not known: the server went away or was told to while it worked
+# (57P01 admin_shutdown, 57P02 crash_shutdown), or failed to write (58030 io_error); class 08 is a lost
+# connection. Any other error that the server reports has rolled the statement back.
+UNKNOWN_OUTCOME = {"57P01", "57P02", "57P05", "58030"}
+# The statement lost against another one and was rolled back; the same statement may be sent again.
+LOST_RACE = {"40001", "40P01"}
+# The server cannot take the statement now: a reason to try again, not a mistake in it.
+CANNOT_NOW = {"57014", "57P03", "57P04", "25006", "53000", "53100", "53200", "53300", "55P03"}
+
+
+class JsonLoader(Loader):
+    """Load JSON as the bytes that were stored."""
+
+    def load(self, data: Buffer) -> msgspec.Raw:
+        return msgspec.Raw(bytes(data))
+
+
+class BinaryJsonLoader(JsonLoader):
+    format = Format.BINARY
+
+
+async def configure(connection: Connection) -> None:
+    """Make a new connection ready for use."""
+    connection.adapters.register_loader("json", JsonLoader)
+    connection.adapters.register_loader("json", BinaryJsonLoader)
+    for name, value in SESSION_SETTINGS.items():
+        await connection.execute(sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
+
+
+async def check_still_connected(connection: Connection) -> None:
+    """Raise where the server has closed an idle connection; costs one system call where it has not.
+
+    An idle connection has nothing to read. If it has, the server said goodbye, or sent a notice.
+    """
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    if poll.poll(0):
+        await AsyncConnectionPool.check_connection(connection)
+
+
+class Database:
+    """The pool of connections for calls, and single ones for services."""
+
+    def __init__(
+        self,
+        conninfo: str,
+        *,
+        connections: int = 8,
+        max_calls: int = 10_000,
+        request_timeout: float = 10.0,
+    ) -> None:
+        self.conninfo = conninfo
+        self.request_timeout = request_timeout
+        self.max_calls = max_calls
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self._services: WeakSet[Connection] = WeakSet()
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            conninfo,
+            connection_class=AsyncConnection[tuple[Any, ...]],
+            kwargs={"autocommit": True, "connect_timeout": CONNECT_TIMEOUT_SECONDS},
+            min_size=1,
+            max_size=connections,
+            max_waiting=max_calls,
+            timeout=request_timeout,
+            max_idle=60,
+            reconnect_timeout=RECONNECT_TIMEOUT_SECONDS,
+            configure=configure,
+            check=check_still_connected,
+            name="wonderq",
+            open=False,
+        )
+
+    async def open(self, timeout: float) -> None:
+        """Open the pool; raise Unavailable where no connection can be made within `timeout` seconds."""
+        await self._pool.open()
+        try:
+            await self._pool.wait(timeout)
+        except PoolTimeout:
+            raise Unavailable(reason="cannot be reached") from None
+
+    async def close(self) -> None:
+        """Let running statements end, then close every connection."""
+        if self._under_way:
+            await asyncio.wait(set(self._under_way), timeout=self.request_timeout)
+        await self._pool.close(timeout=2)
+
+    async def connect(self) -> Connection:
+        """Return a connection of its own, for a service; the caller closes it."""
+        connection = await AsyncConnection.connect(
+            self.conninfo, autocommit=True, connect_timeout=CONNECT_TIMEOUT_SECONDS
+        )
+        await configure(connection)
+        self._services.add(connection)
+        return connection
+
+    def cut_services(self) -> None:
+        """End what the services wait for, where the server does not answer their good-bye."""
+        for connection in self._services:
+            cut(connection)
+
+    async def read(self, operation: Operation[T], *, timeout: float | None = None) -> T:
+        """Run an operation that changes nothing: when it fails, nothing was done."""
+        return await self._run(operation, timeout, unknown="none")
+
+    async def write(self, operation: Operation[T], *, timeout: float | None = None) -> T:
+        """Run an operation on a connection of the pool, within the deadline.
+
+        A caller that is cancelled leaves the statement running to its end; its result is dropped.
+
+        Raises Unavailable with outcome "unknown" where the connection broke, or the deadline passed, after
+        the statement was sent, and with "none" where it never was; Overloaded where too many calls wait.
+        """
+        return await self._run(operation, timeout, unknown="unknown")
+
+    async def _run(self, operation: Operation[T], timeout: float | None, *, unknown: str) -> T:
+        call = _Call(self._pool, self.max_calls, operation, unknown)
+        task = asyncio.create_task(call.run())
+        self._under_way.add(task)
+        task.add_done_callback(self._forget)
+        done, _ = await asyncio.wait({task}, timeout=timeout or self.request_timeout)
+        if not done:
+            raise call.give_up()
+        result: T = task.result()
+        return result
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, also where nobody waits for it any more
+
+
+class _Call:
+    """One operation on one connection, which can be given up without asking the server."""
+
+    def __init__(
+        self,
+        pool: AsyncConnectionPool[Connection],
+        max_calls: int,
+        operation: Operation[Any],
+        unknown: str,
+    ) -> None:
+        self._pool = pool
+        self._max_calls = max_calls
+        self._operation = operation
+        self._unknown = unknown
+        self._connection: Connection | None = None
+        self._given_up = False
+
+    async def run(self) -> Any:
+        for attempt in range(1, ATTEMPTS_AFTER_DEADLOCK + 1):
+            try:
+                return await self._attempt()
+            except psycopg.Error as error:
+                if error.sqlstate not in LOST_RACE or attempt == ATTEMPTS_AFTER_DEADLOCK:
+                    raise self._translate(error) from error
+                await asyncio.sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self) -> Any:
+        try:
+            async with self._pool.connection() as connection:
+                if self._given_up:
+                    raise Unavailable(reason="did not answer in time")
+                self._connection = connection
+                return await self._operation(connection)
+        except PoolTimeout as error:
+            raise Unavailable(reason="cannot be reached") from error
+        except TooManyRequests as error:
+            raise Overloaded(limit=self._max_calls, what="calls waiting for the database", retry_after=1) from error
+
+    def give_up(self) -> Unavailable:
+        """Cut the connection, so that the statement ends for us now; return the error to raise.
+
+        psycopg's own way asks the server to cancel and waits for it, which takes ten seconds and more when
+        the server hangs.
+        """
+        self._given_up = True
+        if self._connection is None:
+            return Unavailable(reason="did not answer in time")
+        cut(self._connection)
+        return Unavailable(reason="did not answer in time", outcome=self._unknown)
+
+    def _translate(self, error: psycopg.Error) -> BrokerError:
+        return translate(error, sent=self._connection is not None, unknown=self._unknown)
+
+
+def cut(connection: Connection) -> None:
+    """Shut a connection's socket down: whoever waits on it gets an error at once."""
+    try:
+        with socket.socket(fileno=os.dup(connection.fileno())) as half:
+            half.shutdown(socket.SHUT_RDWR)
+    except (OSError, psycopg.Error):
+        pass  # it is closed already
+
+
+def translate(error: psycopg.Error, *, sent: bool, unknown: str) -> BrokerError:
+    """Return the error that a caller gets for an error of the database."""
+    state = error.sqlstate or ""
+    if state in CANNOT_NOW or state in LOST_RACE:
+        log.warning("database cannot do it now sqlstate=%s", state)
+        return Unavailable(reason="cannot do this now")
+    if state in UNKNOWN_OUTCOME or state.startswith("08"):
+        return Unavailable(reason="went away", outcome=unknown)
+    if not state and isinstance(error, psycopg.OperationalError):
+        return Unavailable(reason="went away", outcome=unknown if sent else "none")
+    request_id = uuid4().hex[:12]
+    log.error("database refused a statement sqlstate=%s request_id=%s", state, request_id, exc_info=error)
+    return InternalError(request_id=request_id, outcome="none" if state else unknown)

@@ -1,0 +1,544 @@
+"""Looking inside: count, list, show, and change single messages. Nothing here leases anything.
+
+A message that has expired and is held by nobody is invisible here too, swept or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from broker.errors import (
+    BrokerError,
+    LeaseLost,
+    MessageLeased,
+    MessageNotFound,
+    MessageTooLarge,
+    QueueNotFound,
+)
+from broker.model import (
+    MAX_BODY_BYTES_PER_ANSWER,
+    Counts,
+    Lease,
+    StoredMessage,
+    message_id_of,
+    message_number_of,
+    timestamp,
+    timestamp_or_null,
+)
+from broker.storage.database import Connection
+
+# Counting stops here; what is beyond is the planner's estimate.
+EXACT_UP_TO = 10_000
+
+STATUSES = ("ready", "delayed", "leased")
+
+# The conditions that every statement below shares. Lane 0 holds what was never handed out, so what is
+# visible later there is delayed; in lane 1 it is leased, or was given back with a pause by nobody.
+_IS_ALIVE = """(
+    m.expires_at IS NULL OR m.expires_at > statement_timestamp()
+    OR (m.lane = 1 AND m.visible_at > statement_timestamp())
+)"""
+
+# One scan of each part of each lane, each at most one entry longer than what is counted exactly.
+_COUNT = (
+    """
+SELECT q.name, ready.counted, delayed.counted, leased.counted, oldest.age
+FROM broker.queues q
+CROSS JOIN LATERAL (
+    SELECT count(*) AS counted
+    FROM (
+        SELECT
+        FROM broker.messages m
+        WHERE m.queue_id = q.id AND m.lane IN (0, 1) AND m.visible_at <= statement_timestamp()
+            AND """
+    + _IS_ALIVE
+    + """
+        LIMIT %(limit)s
+    ) AS rows
+) AS ready
+CROSS JOIN LATERAL (
+    SELECT count(*) AS counted
+    FROM (
+        SELECT
+        FROM broker.messages m
+        WHERE m.queue_id = q.id AND m.lane = 0 AND m.visible_at > statement_timestamp()
+            AND """
+    + _IS_ALIVE
+    + """
+        LIMIT %(limit)s
+    ) AS rows
+) AS delayed
+CROSS JOIN LATERAL (
+    SELECT count(*) AS counted
+    FROM (
+        SELECT
+        FROM broker.messages m
+        WHERE m.queue_id = q.id AND m.lane = 1 AND m.visible_at > statement_timestamp()
+        LIMIT %(limit)s
+    ) AS rows
+) AS leased
+CROSS JOIN LATERAL (
+    SELECT extract(epoch FROM statement_timestamp() - least(
+        (
+            SELECT m.visible_at
+            FROM broker.messages m
+            WHERE m.queue_id = q.id AND m.lane = 0 AND m.visible_at <= statement_timestamp()
+                AND """
+    + _IS_ALIVE
+    + """
+            ORDER BY m.visible_at, m.id
+            LIMIT 1
+        ),
+        (
+            SELECT m.visible_at
+            FROM broker.messages m
+            WHERE m.queue_id = q.id AND m.lane = 1 AND m.visible_at <= statement_timestamp()
+                AND """
+    + _IS_ALIVE
+    + """
+            ORDER BY m.visible_at, m.id
+            LIMIT 1
+        )
+    ))::float8 AS age
+) AS oldest
+WHERE q.deleted_at IS NULL AND q.name = ANY (%(queues)s::text[])
+"""
+)
+
+
+async def count(connection: Connection, queues: Sequence[str]) -> dict[str, tuple[Counts, float | None]]:
+    """Return the counts of each queue, and for how many seconds its oldest ready message has been ready.
+
+    A queue that does not exist is missing. A figure is exact up to 10,000 and beyond it an estimate.
+    """
+    cursor = await connection.execute(_COUNT, {"queues": list(queues), "limit": EXACT_UP_TO + 1})
+    counted = {}
+    for name, ready, delayed, leased, age in await cursor.fetchall():
+        figures = dict(zip(STATUSES, (ready, delayed, leased), strict=True))
+        exact = max(figures.values()) <= EXACT_UP_TO
+        if not exact:
+            await _estimate(connection, name, figures)
+        counts = Counts(
+            figures["ready"], figures["delayed"], figures["leased"], total=sum(figures.values()), exact=exact
+        )
+        counted[name] = (counts, None if age is None else max(age, 0.0))
+    return counted
+
+
+_QUEUE_ID = """
+SELECT id
+FROM broker.queues
+WHERE name = %(queue)s AND deleted_at IS NULL
+"""
+
+_ESTIMATES = {
+    "ready": """
+EXPLAIN (FORMAT JSON)
+SELECT FROM broker.messages m
+WHERE m.queue_id = %(queue_id)s AND m.visible_at <= statement_timestamp()
+""",
+    "delayed": """
+EXPLAIN (FORMAT JSON)
+SELECT FROM broker.messages m
+WHERE m.queue_id = %(queue_id)s AND m.lane = 0 AND m.visible_at > statement_timestamp()
+""",
+    "leased": """
+EXPLAIN (FORMAT JSON)
+SELECT FROM broker.messages m
+WHERE m.queue_id = %(queue_id)s AND m.lane = 1 AND m.visible_at > statement_timestamp()
+""",
+}
+
+
+async def _estimate(connection: Connection, queue: str, figures: dict[str, int]) -> None:
+    """Replace the figures that were counted to their end by the planner's estimates, never less."""
+    row = await (await connection.execute(_QUEUE_ID, {"queue": queue})).fetchone()
+    if row is None:
+        return
+    for status, figure in figures.items():
+        if figure > EXACT_UP_TO:
+            estimate = await _planned_rows(connection, _ESTIMATES[status], {"queue_id": row[0]})
+            figures[status] = max(figure, estimate)
+
+
+async def _planned_rows(connection: Connection, explain: str, params: dict[str, Any]) -> int:
+    cursor = await connection.execute(explain, params)
+    row = await cursor.fetchone()
+    assert row is not None, "EXPLAIN returns one row"
+    plan = msgspec.json.decode(row[0]) if isinstance(row[0], (bytes, str, msgspec.Raw)) else row[0]
+    return int(plan[0]["Plan"]["Plan Rows"])
+
+
+# All queues: one scan of the table, given up where it is too long to be exact.
+_COUNT_ALL = (
+    """
+SELECT
+    count(*) FILTER (WHERE visible_at <= statement_timestamp()),
+    count(*) FILTER (WHERE visible_at > statement_timestamp() AND lane = 0),
+    count(*) FILTER (WHERE visible_at > statement_timestamp() AND lane = 1)
+FROM (
+    SELECT m.visible_at, m.lane
+    FROM broker.messages m
+    JOIN broker.queues q ON q.id = m.queue_id AND q.deleted_at IS NULL
+    WHERE """
+    + _IS_ALIVE
+    + """
+    LIMIT %(limit)s
+) AS counted
+"""
+)
+
+_ESTIMATES_ALL = (
+    """
+EXPLAIN (FORMAT JSON)
+SELECT FROM broker.messages m
+WHERE m.visible_at <= statement_timestamp()
+""",
+    """
+EXPLAIN (FORMAT JSON)
+SELECT FROM broker.messages m
+WHERE m.visible_at > statement_timestamp() AND m.lane = 0
+""",
+    """
+EXPLAIN (FORMAT JSON)
+SELECT FROM broker.messages m
+WHERE m.visible_at > statement_timestamp() AND m.lane = 1
+""",
+)
+
+
+async def count_all(connection: Connection) -> Counts:
+    """Return the counts of all queues together, exact up to 10,000 messages in all."""
+    cursor = await connection.execute(_COUNT_ALL, {"limit": EXACT_UP_TO + 1})
+    row = await cursor.fetchone()
+    assert row is not None, "an aggregate returns one row"
+    figures = list(row)
+    exact = sum(figures) <= EXACT_UP_TO
+    if not exact:
+        estimates = [await _planned_rows(connection, explain, {}) for explain in _ESTIMATES_ALL]
+        figures = [max(pair) for pair in zip(figures, estimates, strict=True)]
+    ready, delayed, leased = figures
+    return Counts(ready, delayed, leased, total=sum(figures), exact=exact)
+
+
+_SHOWN = """
+    m.id, m.body, m.headers, m.sender, m.receive_count, m.enqueued_at, m.first_received_at, m.visible_at,
+    m.expires_at,
+    CASE
+        WHEN m.visible_at <= statement_timestamp() THEN 'ready'
+        WHEN m.lane = 0 THEN 'delayed'
+        ELSE 'leased'
+    END AS status
+"""
+
+# By message id, which is the order of the primary key; a page ends after 8 MiB of bodies.
+_LIST = (
+    """
+WITH queue AS MATERIALIZED (
+    SELECT id FROM broker.queues WHERE name = %(queue)s AND deleted_at IS NULL
+),
+page AS MATERIALIZED (
+    SELECT """
+    + _SHOWN
+    + """,
+        sum(m.body_bytes) OVER (ORDER BY m.id) AS bytes_so_far,
+        row_number() OVER (ORDER BY m.id) AS n,
+        count(*) OVER () AS found
+    FROM (
+        SELECT m.*
+        FROM broker.messages m
+        WHERE m.queue_id = (SELECT id FROM queue)
+            AND m.id > %(after)s
+            AND """
+    + _IS_ALIVE
+    + """
+            AND (
+                %(status)s::text IS NULL
+                OR (%(status)s::text = 'ready' AND m.visible_at <= statement_timestamp())
+                OR (%(status)s::text = 'delayed' AND m.visible_at > statement_timestamp() AND m.lane = 0)
+                OR (%(status)s::text = 'leased' AND m.visible_at > statement_timestamp() AND m.lane = 1)
+            )
+        ORDER BY m.id
+        LIMIT %(limit)s
+    ) AS m
+)
+SELECT p.*
+FROM queue q
+LEFT JOIN page p ON p.n = 1 OR p.bytes_so_far <= %(max_bytes)s
+ORDER BY p.id
+"""
+)
+
+
+def _stored_message(queue: str, row: tuple[Any, ...]) -> StoredMessage:
+    (number, body, headers, sender, receive_count, enqueued, first_received, visible, expires, status) = row
+    return StoredMessage(
+        message_id=message_id_of(number),
+        queue=queue,
+        status=status,
+        body=body,
+        headers=headers or msgspec.Raw(b"{}"),
+        sender=sender,
+        receive_count=receive_count,
+        enqueued_at=timestamp(enqueued),
+        first_received_at=timestamp_or_null(first_received),
+        visible_at=timestamp(visible),
+        expires_at=timestamp_or_null(expires),
+    )
+
+
+async def list_by_id(
+    connection: Connection, queue: str, status: str | None, limit: int, after: int
+) -> tuple[list[StoredMessage], str | None]:
+    """Return a page of messages by id, and the id to continue after, None on the last page.
+
+    Raises QueueNotFound.
+    """
+    cursor = await connection.execute(
+        _LIST,
+        {
+            "queue": queue,
+            "status": status,
+            "limit": limit + 1,
+            "after": after,
+            "max_bytes": MAX_BODY_BYTES_PER_ANSWER,
+        },
+    )
+    rows = await cursor.fetchall()
+    if not rows:
+        raise QueueNotFound(queue=queue)
+    messages = [_stored_message(queue, row[:10]) for row in rows if row[0] is not None]
+    page = messages[:limit]
+    # One row more than was asked for is looked up, and a page may end early by its bytes.
+    has_more = bool(page) and rows[0][-1] > len(page)
+    return page, page[-1].message_id if has_more else None
+
+
+_GET = (
+    """
+WITH queue AS MATERIALIZED (
+    SELECT id FROM broker.queues WHERE name = %(queue)s AND deleted_at IS NULL
+)
+SELECT """
+    + _SHOWN
+    + """
+FROM queue q
+LEFT JOIN broker.messages m ON m.queue_id = q.id AND m.id = %(id)s AND """
+    + _IS_ALIVE
+    + """
+"""
+)
+
+
+async def get(connection: Connection, queue: str, message_id: str) -> StoredMessage:
+    """Return one message. Raises QueueNotFound and MessageNotFound."""
+    params = {"queue": queue, "id": message_number_of(message_id)}
+    row = await (await connection.execute(_GET, params)).fetchone()
+    if row is None:
+        raise QueueNotFound(queue=queue)
+    if row[0] is None:
+        raise MessageNotFound(queue=queue, message_id=message_id)
+    return _stored_message(queue, row)
+
+
+# Locks: the one row, waiting for it. Two at once, or with a dequeue: who comes second sees the lease that the
+# first has taken, and is refused.
+_LOCKED = (
+    """
+WITH queue AS MATERIALIZED (
+    SELECT id, max_message_bytes FROM broker.queues WHERE name = %(queue)s AND deleted_at IS NULL
+),
+locked AS MATERIALIZED (
+    SELECT
+        m.queue_id, m.id,
+        m.lane = 1 AND m.visible_at > statement_timestamp() AS is_held,
+        (m.queue_id, m.id, m.lease_token)
+            = (%(receipt_queue_id)s::int, %(receipt_id)s::bigint, %(token)s::uuid) AS is_holder
+    FROM broker.messages m
+    WHERE m.queue_id = (SELECT id FROM queue) AND m.id = %(id)s::bigint AND """
+    + _IS_ALIVE
+    + """
+    FOR UPDATE
+),
+"""
+)
+
+_MAY_CHANGE = "CASE WHEN %(token)s::uuid IS NULL THEN NOT l.is_held ELSE l.is_holder END"
+
+_UPDATE = (
+    _LOCKED
+    + """
+changed AS (
+    UPDATE broker.messages m
+    SET
+        body = coalesce(%(body)s::json, m.body),
+        body_bytes = coalesce(octet_length(%(body)s::text), m.body_bytes),
+        headers = CASE WHEN %(changes_headers)s THEN %(headers)s::json ELSE m.headers END
+    FROM locked l
+    CROSS JOIN queue q
+    WHERE m.queue_id = l.queue_id AND m.id = l.id
+        AND """
+    + _MAY_CHANGE
+    + """
+        AND coalesce(octet_length(%(body)s::text), 0) <= q.max_message_bytes
+    RETURNING """
+    + _SHOWN
+    + """
+)
+SELECT l.id IS NOT NULL, l.is_held, coalesce(l.is_holder, false), q.max_message_bytes, c.*
+FROM queue q
+LEFT JOIN locked l ON true
+LEFT JOIN changed c ON true
+"""
+)
+
+
+async def update(
+    connection: Connection,
+    queue: str,
+    message_id: str,
+    lease: Lease | None,
+    body: str | None,
+    headers: str | None,
+    *,
+    changes_headers: bool,
+) -> StoredMessage:
+    """Change a message's body (None: not) and, where `changes_headers`, its headers; return it.
+
+    Raises QueueNotFound, MessageNotFound, MessageTooLarge, and MessageLeased or LeaseLost where somebody
+    else holds it.
+    """
+    row = await _change(
+        connection,
+        _UPDATE,
+        queue,
+        message_id,
+        lease,
+        {"body": body, "headers": headers, "changes_headers": changes_headers},
+    )
+    exists, is_held, is_holder, max_message_bytes, *message = row
+    if not exists:
+        raise MessageNotFound(queue=queue, message_id=message_id)
+    if message[0] is not None:
+        return _stored_message(queue, tuple(message))
+    refused = _refusal(message_id, lease, is_held=is_held, is_holder=is_holder)
+    if refused:
+        raise refused
+    raise MessageTooLarge(queue=queue, limit=max_message_bytes, given=len((body or "").encode()))
+
+
+_DELETE = (
+    _LOCKED
+    + """
+deleted AS (
+    DELETE FROM broker.messages m
+    USING locked l
+    WHERE m.queue_id = l.queue_id AND m.id = l.id
+        AND """
+    + _MAY_CHANGE
+    + """
+    RETURNING m.id
+)
+SELECT l.id IS NOT NULL, l.is_held, coalesce(l.is_holder, false), d.id
+FROM queue q
+LEFT JOIN locked l ON true
+LEFT JOIN deleted d ON true
+"""
+)
+
+
+async def delete(connection: Connection, queue: str, message_id: str, lease: Lease | None) -> bool:
+    """Delete a message by its id; return False where it is already gone.
+
+    Raises QueueNotFound, and MessageLeased or LeaseLost where somebody else holds it.
+    """
+    row = await _change(connection, _DELETE, queue, message_id, lease, {})
+    exists, is_held, is_holder, deleted_id = row
+    if exists and deleted_id is None:
+        refused = _refusal(message_id, lease, is_held=is_held, is_holder=is_holder)
+        if refused:
+            raise refused
+    return deleted_id is not None
+
+
+async def _change(
+    connection: Connection,
+    statement: str,
+    queue: str,
+    message_id: str,
+    lease: Lease | None,
+    params: dict[str, Any],
+) -> tuple[Any, ...]:
+    cursor = await connection.execute(
+        statement,
+        {
+            "queue": queue,
+            "id": message_number_of(message_id),
+            "receipt_queue_id": lease and lease.queue_id,
+            "receipt_id": lease and lease.id,
+            "token": lease and lease.token,
+            **params,
+        },
+    )
+    row = await cursor.fetchone()
+    if row is None:
+        raise QueueNotFound(queue=queue)
+    return row
+
+
+def _refusal(message_id: str, lease: Lease | None, *, is_held: bool, is_holder: bool) -> BrokerError | None:
+    """Return why the caller may not change the message, None where it may."""
+    if lease is None:
+        return MessageLeased(message_id=message_id) if is_held else None
+    return None if is_holder else LeaseLost()
+
+
+def of_status(counts: Counts, status: str) -> dict[str, Any]:
+    """Return the figure of one status."""
+    total = getattr(counts, status)
+    return {"total": total, "exact": counts.exact or total <= EXACT_UP_TO}
+
+
+_SERVER_FACTS = """
+SELECT
+    current_setting('server_version'),
+    current_setting('fsync'),
+    current_setting('full_page_writes'),
+    current_setting('synchronous_commit'),
+    current_setting('synchronous_standby_names')
+"""
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """The PostgreSQL behind the broker, and how safe an acknowledged message is there."""
+
+    version: str
+    durability: dict[str, str]
+
+
+async def server_facts(connection: Connection) -> ServerFacts:
+    """Return the version of PostgreSQL and the settings that durability rests on."""
+    row = await (await connection.execute(_SERVER_FACTS)).fetchone()
+    assert row is not None, "the statement returns one row"
+    version, fsync, full_page_writes, synchronous_commit, standbys = row
+    if "off" in (fsync, full_page_writes) or synchronous_commit == "off":
+        level = "at_risk"
+    elif standbys and synchronous_commit != "local":
+        level = "replicated"
+    else:
+        level = "durable"
+    return ServerFacts(
+        version,
+        {
+            "level": level,
+            "fsync": fsync,
+            "full_page_writes": full_page_writes,
+            "synchronous_commit": synchronous_commit,
+            "synchronous_standby_names": standbys,
+        },
+    )

@@ -1,0 +1,98 @@
+"""News between brokers: LISTEN and NOTIFY on connections of their own.
+
+News say that a queue has something to hand out, now or in so many seconds. They are hints: whoever waits
+also looks for itself once a second, so a lost one costs time and never a message.
+
+NOTIFY is never sent inside a transaction that stores messages: at its commit it takes a lock that all of
+the database shares. News that arrive while one is under way are merged and go out together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+from uuid import uuid4
+
+import msgspec
+import psycopg
+
+from broker.storage.database import Connection, Database
+
+log = logging.getLogger("broker.notifications")
+
+CHANNEL = "wonderq_news"
+# NOTIFY takes at most 8,000 bytes; forty queue names of 128 characters fit.
+NEWS_PER_NOTIFICATION = 40
+RETRY_SECONDS = 0.5
+
+_NOTIFY = "SELECT pg_notify(%(channel)s, %(payload)s)"
+
+
+class News(NamedTuple):
+    """In `seconds` the queue has about `messages` messages more to hand out."""
+
+    queue: str
+    seconds: float
+    messages: int
+
+
+class Notifications:
+    """Send this broker's news to the others, and hear theirs."""
+
+    def __init__(self, database: Database, hear: Callable[[News], None], reconnected: Callable[[], None]) -> None:
+        self._database = database
+        self._hear = hear
+        self._reconnected = reconnected
+        self._own_name = uuid4().hex
+        self._pending: dict[str, News] = {}
+        self._has_pending = asyncio.Event()
+
+    def tell(self, news: News) -> None:
+        """Send news as soon as the connection is free; what waits for the same queue is merged."""
+        waiting = self._pending.get(news.queue)
+        if waiting is not None:
+            news = News(
+                news.queue,
+                min(news.seconds, waiting.seconds),
+                news.messages + waiting.messages,
+            )
+        self._pending[news.queue] = news
+        self._has_pending.set()
+
+    async def run(self) -> None:
+        """Send and listen until cancelled, reconnecting after every failure."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._forever(self._send))
+            tasks.create_task(self._forever(self._listen))
+
+    async def _forever(self, use: Callable[[Connection], object]) -> None:
+        while True:
+            try:
+                async with await self._database.connect() as connection:
+                    await use(connection)  # type: ignore[misc]
+            except psycopg.Error as error:
+                log.warning("news between brokers interrupted error=%s", type(error).__name__)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _send(self, connection: Connection) -> None:
+        # A notification needs no place on disk; its commit must not wait for one.
+        await connection.execute("SET synchronous_commit = off")
+        while True:
+            await self._has_pending.wait()
+            batch = [self._pending.pop(name) for name in list(self._pending)[:NEWS_PER_NOTIFICATION]]
+            if not self._pending:
+                self._has_pending.clear()
+            payload = msgspec.json.encode([self._own_name, batch]).decode()
+            await connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
+
+    async def _listen(self, connection: Connection) -> None:
+        await connection.execute(f"LISTEN {CHANNEL}")
+        # What was said before is lost: everybody who waits looks once.
+        self._reconnected()
+        async for notification in connection.notifies():
+            sender, batch = msgspec.json.decode(notification.payload, type=tuple[str, list[News]])
+            if sender != self._own_name:
+                for news in batch:
+                    self._hear(news)

@@ -1,0 +1,268 @@
+"""Queues: create, change, show, empty, delete.
+
+A queue's row is read by every enqueue and dequeue and written only by these functions: nothing on the way
+of a message updates it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from psycopg import sql
+
+from broker.errors import BrokerError, InvalidParams, QueueExists, QueueInUse, QueueNotFound
+from broker.model import Queue, number, timestamp
+from broker.storage.database import Connection, Database
+
+# Messages that one transaction of a purge removes: some hundred milliseconds on a slow disk.
+PURGE_BATCH = 5_000
+
+# What an attribute is when nobody says; null in a call means this.
+DEFAULTS: Mapping[str, Any] = {
+    "visibility_timeout": 30.0,
+    "message_ttl": None,
+    "delay": 0.0,
+    "max_message_bytes": 4096,
+    "idempotency_window": 300.0,
+    "max_messages": None,
+    "paused": False,
+}
+# Attributes of the contract that have no column yet; the schema takes only null for them.
+NOT_STORED = {"max_receives", "dead_letter_queue"}
+
+
+def _queue(row: tuple[Any, ...]) -> Queue:
+    (name, visibility_timeout, ttl, delay, max_bytes, window, max_messages, paused, created, updated) = row
+    return Queue(
+        queue=name,
+        visibility_timeout=number(visibility_timeout),
+        message_ttl=None if ttl is None else number(ttl),
+        delay=number(delay),
+        max_message_bytes=max_bytes,
+        max_receives=None,
+        dead_letter_queue=None,
+        idempotency_window=number(window),
+        max_messages=max_messages,
+        paused=paused,
+        created_at=timestamp(created),
+        updated_at=timestamp(updated),
+    )
+
+
+# Two at once with one name: the unique index lets one insert, the other finds the row in the way.
+_CREATE = """
+INSERT INTO broker.queues (
+    name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages, paused
+)
+VALUES (
+    %(queue)s, %(visibility_timeout)s, %(message_ttl)s, %(delay)s, %(max_message_bytes)s,
+    %(idempotency_window)s, %(max_messages)s, %(paused)s
+)
+ON CONFLICT (name) WHERE deleted_at IS NULL DO NOTHING
+RETURNING name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages,
+    paused, created_at, updated_at
+"""
+
+_GET = """
+SELECT name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages,
+    paused, created_at, updated_at
+FROM broker.queues
+WHERE name = %(queue)s AND deleted_at IS NULL
+"""
+
+
+async def create(connection: Connection, queue: str, attributes: Mapping[str, Any]) -> Queue:
+    """Create a queue, or return it where it exists and the named attributes have these values.
+
+    Raises QueueExists where one of them differs.
+    """
+    named = stored_values(attributes)
+    # A queue that is deleted between the two statements is created in the next round.
+    while True:
+        cursor = await connection.execute(_CREATE, {"queue": queue, **DEFAULTS, **named})
+        row = await cursor.fetchone()
+        if row is not None:
+            return _queue(row)
+        row = await (await connection.execute(_GET, {"queue": queue})).fetchone()
+        if row is not None:
+            break
+    existing = _queue(row)
+    differs = [name for name, value in named.items() if getattr(existing, name) != value]
+    if differs:
+        raise QueueExists(queue=queue, differs=differs[0])
+    return existing
+
+
+def stored_values(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written for these attributes: null stands for the default."""
+    return {
+        name: DEFAULTS[name] if value is None else value
+        for name, value in attributes.items()
+        if value is not msgspec.UNSET and name not in NOT_STORED
+    }
+
+
+_UPDATE = """
+UPDATE broker.queues
+SET {changes}, updated_at = statement_timestamp()
+WHERE name = %(queue)s AND deleted_at IS NULL
+RETURNING name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages,
+    paused, created_at, updated_at
+"""
+
+
+async def update(connection: Connection, queue: str, attributes: Mapping[str, Any]) -> Queue:
+    """Change the named attributes; return the queue. Raises QueueNotFound."""
+    named = stored_values(attributes)
+    if not named:
+        return await get(connection, queue)
+    changes = sql.SQL(", ").join(
+        sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in named
+    )
+    cursor = await connection.execute(sql.SQL(_UPDATE).format(changes=changes), {"queue": queue, **named})
+    row = await cursor.fetchone()
+    if row is None:
+        raise QueueNotFound(queue=queue)
+    return _queue(row)
+
+
+async def get(connection: Connection, queue: str) -> Queue:
+    """Return a queue without its counts. Raises QueueNotFound."""
+    row = await (await connection.execute(_GET, {"queue": queue})).fetchone()
+    if row is None:
+        raise QueueNotFound(queue=queue)
+    return _queue(row)
+
+
+# The names of a prefix are a range of the index: COLLATE "C" orders them by their bytes.
+_LIST = """
+SELECT name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages,
+    paused, created_at, updated_at
+FROM broker.queues
+WHERE deleted_at IS NULL
+    AND name > %(after)s
+    AND starts_with(name, %(prefix)s)
+    AND name >= %(prefix)s
+ORDER BY name
+LIMIT %(limit)s
+"""
+
+
+async def list_by_name(
+    connection: Connection, prefix: str, limit: int, after: str | None
+) -> tuple[list[Queue], str | None]:
+    """Return a page of queues, and the name to continue after, None on the last page."""
+    cursor = await connection.execute(_LIST, {"prefix": prefix, "limit": limit + 1, "after": after or ""})
+    queues = [_queue(row) for row in await cursor.fetchall()]
+    page = queues[:limit]
+    return page, page[-1].queue if len(queues) > limit else None
+
+
+_NEWEST_MESSAGE = """
+SELECT q.id, (SELECT max(m.id) FROM broker.messages m WHERE m.queue_id = q.id)
+FROM broker.queues q
+WHERE q.name = %(queue)s AND q.deleted_at IS NULL
+"""
+
+# Locks: the rows of a batch in the order of the primary key, waiting for each, as delete does.
+_PURGE = """
+WITH batch AS MATERIALIZED (
+    SELECT queue_id, id
+    FROM broker.messages
+    WHERE queue_id = %(queue_id)s AND id <= %(newest)s
+    ORDER BY queue_id, id
+    LIMIT %(batch)s
+    FOR UPDATE
+)
+DELETE FROM broker.messages m
+USING batch b
+WHERE m.queue_id = b.queue_id AND m.id = b.id
+"""
+
+
+async def purge(database: Database, queue: str) -> tuple[int, bool]:
+    """Remove the messages that a queue holds now, leased and delayed ones too.
+
+    Works in transactions of 5,000 until it is done or its time is over; returns how many were removed, and
+    whether it is done. Raises QueueNotFound.
+    """
+    row = await database.read(lambda connection: _first_row(connection, _NEWEST_MESSAGE, queue))
+    if row is None:
+        raise QueueNotFound(queue=queue)
+    queue_id, newest = row
+    return (0, True) if newest is None else await _purge_until(database, queue_id, newest)
+
+
+async def _purge_until(database: Database, queue_id: int, newest: int) -> tuple[int, bool]:
+    """Remove a queue's messages up to an id; leave a share of the request's time for the answer."""
+    stop_at = time.monotonic() + database.request_timeout * 0.6
+    purged = 0
+    while True:
+        try:
+            removed = await database.write(
+                lambda connection: purge_batch(connection, queue_id, newest),
+            )
+        except BrokerError as error:
+            # What is committed is counted, or a repeated call would not say how many there were.
+            if purged and error.retryable:
+                return purged, False
+            raise
+        purged += removed
+        if removed < PURGE_BATCH:
+            return purged, True
+        if time.monotonic() > stop_at:
+            return purged, False
+
+
+async def purge_batch(connection: Connection, queue_id: int, newest: int = 2**63 - 1, batch: int = PURGE_BATCH) -> int:
+    """Remove up to `batch` messages of a queue; return how many."""
+    cursor = await connection.execute(_PURGE, {"queue_id": queue_id, "newest": newest, "batch": batch})
+    return cursor.rowcount
+
+
+async def _first_row(connection: Connection, statement: str, queue: str) -> tuple[Any, ...] | None:
+    return await (await connection.execute(statement, {"queue": queue})).fetchone()
+
+
+_DELETE = """
+UPDATE broker.queues
+SET deleted_at = statement_timestamp(), updated_at = statement_timestamp()
+WHERE name = %(queue)s AND deleted_at IS NULL
+RETURNING id
+"""
+
+# A queue that was deleted by an earlier, incomplete call, as long as it still has messages.
+_DELETED = """
+SELECT q.id
+FROM broker.queues q
+WHERE q.name = %(queue)s AND q.deleted_at IS NOT NULL
+    AND EXISTS (SELECT FROM broker.messages m WHERE m.queue_id = q.id)
+ORDER BY q.id DESC
+LIMIT 1
+"""
+
+
+async def delete(database: Database, queue: str) -> tuple[int, bool]:
+    """Delete a queue: gone for everybody with one update, then its messages in bounded transactions.
+
+    Returns how many messages were removed, and whether all are. Raises QueueNotFound, and QueueInUse for
+    the queue `default`.
+    """
+    if queue == "default":
+        raise QueueInUse(queue=queue, reason="it always exists; empty it with purge_queue")
+    row = await database.write(lambda connection: _first_row(connection, _DELETE, queue))
+    if row is None:
+        row = await database.read(lambda connection: _first_row(connection, _DELETED, queue))
+    if row is None:
+        raise QueueNotFound(queue=queue)
+    return await _purge_until(database, row[0], 2**63 - 1)
+
+
+def cursor_name(after: str | None) -> str | None:
+    """Check a cursor of `list_by_name`. Raises InvalidParams."""
+    if after is not None and not after[0].isalnum():
+        raise InvalidParams(reason="`after` must be the `next` of the page before.", param="after", given=after)
+    return after

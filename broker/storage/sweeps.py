@@ -1,0 +1,153 @@
+"""What the sweeper does to the tables: remove what has expired, count what came back, tidy up.
+
+Every function may run in any number of brokers at once. None is needed for a promise: expired messages
+are invisible and ended leases are ready whether or not anything was swept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from broker.storage.database import Connection
+from broker.storage.messages import COUNTED_MAX_MESSAGES
+from broker.storage.queues import purge_batch
+
+# Locks: the rows it picks, waiting for none. Two at once remove different rows. A message that is held lies in
+# the future part of the index until its lease ends.
+_REMOVE_EXPIRED = """
+WITH expired AS MATERIALIZED (
+    SELECT queue_id, id
+    FROM broker.messages
+    WHERE expires_at IS NOT NULL
+        AND greatest(expires_at, visible_at) <= statement_timestamp()
+    ORDER BY greatest(expires_at, visible_at)
+    LIMIT %(batch)s
+    FOR UPDATE SKIP LOCKED
+),
+removed AS (
+    DELETE FROM broker.messages m
+    USING expired e
+    WHERE m.queue_id = e.queue_id AND m.id = e.id
+    RETURNING m.queue_id
+)
+SELECT q.name, count(*)
+FROM removed r
+JOIN broker.queues q ON q.id = r.queue_id
+GROUP BY q.name
+"""
+
+
+async def remove_expired(connection: Connection, batch: int) -> dict[str, int]:
+    """Remove up to `batch` messages that have expired and are held by nobody; return how many a queue."""
+    cursor = await connection.execute(_REMOVE_EXPIRED, {"batch": batch})
+    return dict(await cursor.fetchall())
+
+
+# Locks: the one row of broker.sweeps; where another broker has it, that one is counting and there is nothing
+# to do. One probe of the index for each queue. The stretch of time is written only where something ended in
+# it, or a minute has passed, so that an idle broker writes nothing.
+_COUNT_ENDED_LEASES = """
+WITH sweep AS MATERIALIZED (
+    SELECT only_row, ended_leases_seen_until AS since
+    FROM broker.sweeps
+    FOR UPDATE SKIP LOCKED
+),
+ended AS MATERIALIZED (
+    SELECT q.name, returned.messages
+    FROM sweep s
+    CROSS JOIN broker.queues q
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS messages
+        FROM broker.messages m
+        WHERE m.queue_id = q.id AND m.lane = 1
+            AND m.visible_at > s.since AND m.visible_at <= statement_timestamp()
+            AND m.lease_token IS NOT NULL
+    ) AS returned
+    WHERE q.deleted_at IS NULL AND returned.messages > 0
+),
+seen AS (
+    UPDATE broker.sweeps u
+    SET ended_leases_seen_until = statement_timestamp()
+    FROM sweep s
+    WHERE u.only_row = s.only_row
+        AND (
+            EXISTS (SELECT FROM ended)
+            OR s.since < statement_timestamp() - interval '1 minute'
+            OR s.since > statement_timestamp()
+        )
+)
+SELECT name, messages
+FROM ended
+"""
+
+
+async def count_ended_leases(connection: Connection) -> Mapping[str, int]:
+    """Return for each queue how many leases have ended since the last count and are not taken again."""
+    cursor = await connection.execute(_COUNT_ENDED_LEASES)
+    return dict(await cursor.fetchall())
+
+
+_DELETED_QUEUES = """
+SELECT q.id
+FROM broker.queues q
+WHERE q.deleted_at IS NOT NULL
+    AND (
+        q.deleted_at < statement_timestamp() - interval '1 day'
+        OR EXISTS (SELECT FROM broker.messages m WHERE m.queue_id = q.id)
+    )
+ORDER BY q.id
+LIMIT 100
+"""
+
+# The row goes when nothing can refer to it any more: a transaction that stored a message while the queue was
+# being deleted is over after a day.
+_FORGET_QUEUE = """
+DELETE FROM broker.queues q
+WHERE q.id = %(queue_id)s
+    AND q.deleted_at < statement_timestamp() - interval '1 day'
+    AND NOT EXISTS (SELECT FROM broker.messages m WHERE m.queue_id = q.id)
+"""
+
+
+async def remove_deleted_queues(connection: Connection, batch: int) -> int:
+    """Remove up to `batch` messages of each deleted queue, and the rows of long empty ones."""
+    cursor = await connection.execute(_DELETED_QUEUES)
+    removed = 0
+    for (queue_id,) in await cursor.fetchall():
+        removed += await purge_batch(connection, queue_id, batch=batch)
+        await connection.execute(_FORGET_QUEUE, {"queue_id": queue_id})
+    return removed
+
+
+# A queue with a large max_messages is counted by one broker every ten seconds.
+_MEASURE = """
+INSERT INTO broker.queue_sizes AS s (queue_id, messages, counted_at)
+SELECT q.id, counted.messages, statement_timestamp()
+FROM broker.queues q
+LEFT JOIN broker.queue_sizes old ON old.queue_id = q.id
+CROSS JOIN LATERAL (
+    SELECT count(*) AS messages
+    FROM (SELECT FROM broker.messages m WHERE m.queue_id = q.id LIMIT q.max_messages) AS rows
+) AS counted
+WHERE q.deleted_at IS NULL AND q.max_messages > %(counted_max_messages)s
+    AND (old.counted_at IS NULL OR old.counted_at < statement_timestamp() - interval '10 seconds')
+ORDER BY q.id
+ON CONFLICT (queue_id) DO UPDATE
+SET messages = excluded.messages, counted_at = excluded.counted_at
+"""
+
+_FORGET_MEASURES = """
+DELETE FROM broker.queue_sizes s
+WHERE NOT EXISTS (
+    SELECT
+    FROM broker.queues q
+    WHERE q.id = s.queue_id AND q.deleted_at IS NULL AND q.max_messages > %(counted_max_messages)s
+)
+"""
+
+
+async def measure_queues(connection: Connection) -> int:
+    """Count the queues whose max_messages is too large to be checked by every enqueue; return how many."""
+    params = {"counted_max_messages": COUNTED_MAX_MESSAGES}
+    await connection.execute(_FORGET_MEASURES, params)
+    return (await connection.execute(_MEASURE, params)).rowcount

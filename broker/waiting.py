@@ -1,0 +1,284 @@
+"""Long polling: who waits for which queue, and what wakes them.
+
+A consumer that waits holds neither a connection nor a transaction: it is an entry in a line, one line for each
+queue. What wakes the first in line is news of this broker or of another (something was enqueued, a lease was
+shortened, a queue was resumed), the end of a delay or of a lease (a timer on the earliest known one), or the
+look that is taken once a second for all the queues that somebody waits for. Whoever finds as much as it asked
+for wakes the next, so a wake-up never ends with a consumer that had no use for it.
+
+Promises: what was leased for a client that hung up is given back. Does not promise an order among those who wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from broker.errors import BrokerError, Overloaded
+from broker.storage import messages
+from broker.storage.database import Database
+from broker.storage.messages import Delivery
+from broker.storage.notifications import News
+
+log = logging.getLogger("broker.waiting")
+
+# Nobody depends on this look but for what no news came of: a lost notification, an enqueue in SQL.
+LOOK_SECONDS = 1.0
+# Looks for queues that somebody has just begun to wait for are gathered for this long.
+GATHER_SECONDS = 0.005
+# Leases that end sooner are news to the other brokers; those that end later are seen by their looks in time.
+SHORT_LEASE_SECONDS = 2 * LOOK_SECONDS
+# A message that is ready but locked by somebody's transaction is tried again after 10 ms, 20 ms, … up to 1 s.
+RETRY_SECONDS = 0.01
+# One hand-out in so many takes fresh messages first, so that returned ones cannot starve a queue.
+FRESH_FIRST_EVERY = 8
+REMEMBERED_HAND_OUTS = 10_000
+
+
+class Line:
+    """Those who wait for one queue, first come first."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[asyncio.Future[None]] = deque()
+        self.timer: asyncio.TimerHandle | None = None
+        self.in_vain = 0
+
+    def wake(self, consumers: int) -> None:
+        """Wake the first ones."""
+        while consumers > 0 and self.waiting:
+            waiter = self.waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                consumers -= 1
+
+    def wake_in(self, seconds: float) -> None:
+        """Wake the first one in so many seconds, or earlier where that was planned."""
+        loop = asyncio.get_running_loop()
+        when = loop.time() + seconds
+        if self.timer is not None:
+            if self.timer.when() <= when:
+                return
+            self.timer.cancel()
+        self.timer = loop.call_at(when, self._time_has_come)
+
+    def _time_has_come(self) -> None:
+        self.timer = None
+        self.wake(1)
+
+    def close(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class WaitingRoom:
+    """Dequeues for consumers, and lets them wait where there is nothing yet."""
+
+    def __init__(self, database: Database, *, max_waiting: int = 10_000) -> None:
+        self._database = database
+        self._max_waiting = max_waiting
+        self._lines: dict[str, Line] = {}
+        self._to_look_at: set[str] = set()
+        self._look_soon = asyncio.Event()
+        self._hand_outs: dict[str, int] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+        self._is_closing = False
+        self.tell_others: Callable[[News], None] = lambda _: None
+
+    @property
+    def waiting(self) -> int:
+        """How many consumers wait now."""
+        return sum(len(line.waiting) for line in self._lines.values())
+
+    async def dequeue(
+        self,
+        queue: str,
+        max_messages: int,
+        visibility_timeout: float | None,
+        wait: float,
+        *,
+        at_most_once: bool = False,
+    ) -> Delivery:
+        """Take messages; where there are none, wait up to `wait` seconds. Raises QueueNotFound, Overloaded."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait
+        while True:
+            # In line before looking: what comes between the look and the wait is not missed.
+            waiter = self._stand_in_line(queue) if wait > 0 and not self._is_closing else None
+            try:
+                delivery = await self._take(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
+                if delivery.messages:
+                    self._taken(queue, delivery, may_be_more=len(delivery.messages) == max_messages)
+                    return delivery
+                if waiter is None or loop.time() >= until:
+                    return delivery
+                self._look_at(queue)
+                await asyncio.wait({waiter}, timeout=until - loop.time())
+                if not waiter.done() or self._is_closing:
+                    return delivery
+                waiter = None  # the wake-up is used by the next look
+            finally:
+                if waiter is not None:
+                    self._leave_line(queue, waiter)
+
+    def _stand_in_line(self, queue: str) -> asyncio.Future[None]:
+        if self.waiting >= self._max_waiting:
+            raise Overloaded(limit=self._max_waiting, what="waiting consumers", retry_after=1)
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._lines.setdefault(queue, Line()).waiting.append(waiter)
+        return waiter
+
+    def _leave_line(self, queue: str, waiter: asyncio.Future[None]) -> None:
+        line = self._lines.get(queue)
+        if line is None:
+            return
+        if waiter.done():
+            line.wake(1)  # it was this one's turn, and it had no use for it
+        else:
+            waiter.cancel()
+            if waiter in line.waiting:
+                line.waiting.remove(waiter)
+        if not line.waiting:
+            line.close()
+            del self._lines[queue]
+
+    async def _take(
+        self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool
+    ) -> Delivery:
+        """Dequeue once. Where the caller is cancelled meanwhile, the statement ends and its leases are undone."""
+        count = self._hand_outs.get(queue, 0) + 1
+        taking = asyncio.ensure_future(
+            self._database.write(
+                lambda connection: messages.dequeue(
+                    connection,
+                    queue,
+                    max_messages,
+                    visibility_timeout,
+                    at_most_once=at_most_once,
+                    fresh_first=count % FRESH_FIRST_EVERY == 0,
+                )
+            )
+        )
+        try:
+            delivery = await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            self._in_background(self._give_back_when_taken(queue, taking))
+            raise
+        if delivery.messages:
+            if len(self._hand_outs) >= REMEMBERED_HAND_OUTS:
+                self._hand_outs.clear()
+            self._hand_outs[queue] = count
+        return delivery
+
+    def _taken(self, queue: str, delivery: Delivery, *, may_be_more: bool) -> None:
+        line = self._lines.get(queue)
+        if line is not None:
+            line.in_vain = 0
+            if may_be_more:
+                line.wake(1)
+        if delivery.leases and delivery.lease_seconds < SHORT_LEASE_SECONDS:
+            self.tell(News(queue, delivery.lease_seconds, len(delivery.leases)))
+
+    async def _give_back_when_taken(self, queue: str, taking: asyncio.Future[Delivery]) -> None:
+        try:
+            delivery = await taking
+        except BrokerError:
+            return
+        await self.give_back(queue, delivery)
+
+    async def give_back(self, queue: str, delivery: Delivery) -> None:
+        """Undo a delivery whose answer did not reach the client. Where that fails the leases end by themselves."""
+        if not delivery.leases:
+            return
+        try:
+            await self._database.write(lambda connection: messages.give_back(connection, delivery.leases))
+        except BrokerError as error:
+            log.warning("leases not given back messages=%d reason=%s", len(delivery.leases), error.type)
+            return
+        self.tell(News(queue, 0.0, len(delivery.leases)))
+
+    def give_back_soon(self, queue: str, delivery: Delivery) -> None:
+        """Give back in a task of its own, for a caller that is being cancelled."""
+        if delivery.leases:
+            self._in_background(self.give_back(queue, delivery))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def tell(self, news: News) -> None:
+        """Wake those who wait here, and let the other brokers know."""
+        self.hear(news)
+        self.tell_others(news)
+
+    def hear(self, news: News) -> None:
+        """Take in news of this broker or of another."""
+        line = self._lines.get(news.queue)
+        if line is None:
+            return
+        line.in_vain = 0
+        if news.seconds <= 0:
+            line.wake(news.messages)
+        else:
+            line.wake_in(news.seconds)
+
+    def look_at_all(self) -> None:
+        """Look soon at every queue that somebody waits for: news may have been lost."""
+        self._to_look_at.update(self._lines)
+        self._look_soon.set()
+
+    def _look_at(self, queue: str) -> None:
+        self._to_look_at.add(queue)
+        self._look_soon.set()
+
+    async def run(self) -> None:
+        """Look once a second, and whenever somebody begins to wait, until cancelled."""
+        loop = asyncio.get_running_loop()
+        next_look_at_all = loop.time() + LOOK_SECONDS
+        while True:
+            try:
+                async with asyncio.timeout_at(next_look_at_all):
+                    await self._look_soon.wait()
+                    await asyncio.sleep(GATHER_SECONDS)
+            except TimeoutError:
+                self._to_look_at.update(self._lines)
+                next_look_at_all = loop.time() + LOOK_SECONDS
+            self._look_soon.clear()
+            queues = sorted(self._to_look_at & self._lines.keys())
+            self._to_look_at.clear()
+            if queues:
+                await self._look(queues)
+
+    async def _look(self, queues: list[str]) -> None:
+        try:
+            found = await self._database.read(lambda connection: messages.next_visible(connection, queues))
+        except BrokerError as error:
+            log.warning("no look at the queues reason=%s", error.type)
+            return
+        for queue in queues:
+            line = self._lines.get(queue)
+            if line is None:
+                continue
+            if queue not in found:
+                line.wake(len(line.waiting))  # the queue is gone: they shall hear of it
+            elif (seconds := found[queue]) is not None:
+                self._expect(line, seconds)
+
+    def _expect(self, line: Line, seconds: float) -> None:
+        if seconds > 0:
+            line.wake_in(seconds)
+            return
+        # Ready, and yet nobody could take it when they looked: locked for the moment.
+        line.wake_in(min(RETRY_SECONDS * 2**line.in_vain, LOOK_SECONDS) if line.in_vain else 0)
+        line.in_vain = min(line.in_vain + 1, 10)
+
+    async def close(self) -> None:
+        """Give everybody who waits an empty answer, let nobody wait any more, and finish what is to be undone."""
+        self._is_closing = True
+        for line in self._lines.values():
+            line.wake(len(line.waiting))
+        while self._background:
+            await asyncio.wait(set(self._background))

@@ -1,0 +1,197 @@
+"""The demo's orchestrator: starts the processes, kills one, collects the reports and judges them."""
+
+import asyncio
+import io
+import os
+import signal
+import sys
+import sysconfig
+import time
+import uuid
+from asyncio.subprocess import Process
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from broker.client import BrokerError, Client
+
+from . import FAULTS, FILES, RESULTS, VISIBILITY_TIMEOUT
+from .files import list_files
+from .processes import DemoFailed, feed, own_broker, read_line, running
+from .verdict import Report, judge
+
+# Seconds without any report after which something must hang; a consumer may need long for large files.
+PATIENCE = 120.0
+
+
+async def run_demo() -> bool:
+    """Run the demo; return whether all went well."""
+    started = time.time()
+    data_dir, directory, names = find_directories()
+    run = uuid.uuid4().hex
+    async with AsyncExitStack() as stack:
+        url = os.environ.get("BROKER_URL", "")
+        if not url:
+            url = await stack.enter_async_context(own_broker(data_dir))
+        client = await stack.enter_async_context(Client(url, os.environ.get("BROKER_TOKEN")))
+        await make_queues(client)
+        print(f"{len(names)} files below {directory}, broker at {url}", flush=True)
+        async with AsyncExitStack() as workers:
+            producers, consumers, held = await start_workers(workers, url, run, directory, names)
+            with progress(len(names)) as show:
+                reports = await collect(client, run, producers, consumers, show)
+        text, is_well = await asyncio.to_thread(judge, directory, names, reports, held, started)
+    print(text)
+    print(f"time          {time.time() - started:.1f} s")
+    return is_well
+
+
+def find_directories() -> tuple[Path, Path, list[str]]:
+    """Return where an own broker keeps its data, the directory to work on and the files below it."""
+    data_dir = Path(os.environ.get("DEMO_DATA_DIR") or default_data_dir()).resolve()
+    left_out = {os.fsencode(data_dir)}
+    if given := os.environ.get("DEMO_DIR"):
+        directory = Path(given).resolve()
+    else:
+        directory = Path(sysconfig.get_path("stdlib")).resolve()
+        left_out |= {b"site-packages", b"dist-packages"}
+    names = list_files(directory, left_out)
+    if not names:
+        raise DemoFailed(f"There are no files below {directory}: set DEMO_DIR to a directory with some.")
+    return data_dir, directory, names
+
+
+def default_data_dir() -> str:
+    """Return `.demo`; for root below a closed folder, where PostgreSQL's own account cannot go, another."""
+    is_closed = any(not folder.stat().st_mode & 0o001 for folder in (Path.cwd(), *Path.cwd().parents))
+    return "/var/lib/wonderq-demo" if os.geteuid() == 0 and is_closed else ".demo"
+
+
+async def make_queues(client: Client) -> None:
+    """Make the demo's queues anew; an earlier run may have been interrupted half-way."""
+    for queue in (FILES, RESULTS):
+        try:
+            while not (await client.call("delete_queue", queue=queue))["complete"]:
+                pass
+        except BrokerError as error:
+            if error.type != "queue_not_found":
+                raise
+        # A name may be 4 KiB long, and three times that when it is percent-encoded.
+        await client.create_queue(queue, visibility_timeout=VISIBILITY_TIMEOUT, max_message_bytes=2**16)
+
+
+async def start_workers(
+    stack: AsyncExitStack, url: str, run: str, directory: Path, names: list[str]
+) -> tuple[list[Process], list[Process], set[str]]:
+    """Start two producers and three consumers, and kill one consumer while it holds messages.
+
+    Returns the producers, the consumers that are left, and the message_ids that the killed one held.
+    """
+    fault = os.environ.get("DEMO_FAULT", "")
+    if fault not in FAULTS:
+        raise DemoFailed(f"DEMO_FAULT is {fault!r}; it may be {', '.join(FAULTS[1:])}.")
+
+    async def start(role: str, number: int, *options: str | Path) -> Process:
+        common = (f"{__package__}.{role}", "--url", url, "--sender", f"{role}-{number}")
+        return await stack.enter_async_context(running(*common, *options))
+
+    async def start_consumer(number: int, fault: str) -> Process:
+        return await start("consumer", number, "--directory", directory, "--fault", fault)
+
+    victim = await start_consumer(1, "stall")
+    producers = [await start("producer", number, "--run", run, "--fault", fault) for number in (1, 2)]
+    for number, producer in enumerate(producers):
+        await feed(producer, "\n".join(names[number::2]))
+    await read_line(victim, "consumer-1")  # It is ready.
+    held = set((await read_line(victim, "consumer-1")).split()[1:])
+    consumers = [await start_consumer(number, fault) for number in (2, 3)]
+    for consumer in consumers:
+        await read_line(consumer, "A consumer")
+    # It has said what it holds and keeps it until this moment.
+    victim.kill()
+    print(f"consumer-1 killed while it held {len(held)} messages", flush=True)
+    return producers, consumers, held
+
+
+async def collect(
+    client: Client,
+    run: str,
+    producers: list[Process],
+    consumers: list[Process],
+    show: Callable[[int], None],
+) -> list[Report]:
+    """Receive the consumers' reports until all tasks are done."""
+    reports: list[Report] = []
+    seen: set[str] = set()
+    last = time.monotonic()
+    while time.monotonic() < last + PATIENCE:
+        exit_codes = [producer.returncode for producer in producers]
+        if any(exit_codes) or any(consumer.returncode is not None for consumer in consumers):
+            raise DemoFailed("A producer or a consumer failed.")
+        messages = await client.dequeue(RESULTS, max_messages=500, wait=0.5)
+        for message in messages:
+            body = message.body
+            if body.pop("run") == run:
+                task, receive_count, name = body.pop("task"), body.pop("receive_count"), body.pop("name")
+                reports.append(Report(task, receive_count, name, found=body, sender=message.sender or ""))
+                seen.add(name)
+        if messages:
+            await client.delete_batch(message.receipt for message in messages)
+            show(len(seen))
+            last = time.monotonic()
+        # Reports are sent before their tasks are deleted: with no task left there is no report to come.
+        elif None not in exit_codes and await is_empty(client, FILES) and await is_empty(client, RESULTS):
+            return reports
+    counts = await client.count_messages(FILES)
+    raise DemoFailed(f"No report for {PATIENCE:.0f} s, and these tasks are left: {counts}.")
+
+
+async def is_empty(client: Client, queue: str) -> bool:
+    """Tell whether a queue holds nothing, leased messages included."""
+    return int((await client.count_messages(queue))["total"]) == 0
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many files are done: a bar on a terminal, a line for each tenth elsewhere."""
+    if sys.stdout.isatty():
+        columns = (BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns) as bar:
+            task = bar.add_task("files", total=total)
+            yield lambda done: bar.update(task, completed=done)
+        return
+    shown = 0
+
+    def show(done: int) -> None:
+        nonlocal shown
+        if done * 10 // total > shown:
+            shown = done * 10 // total
+            print(f"{done} of {total} files", flush=True)
+
+    yield show
+
+
+async def main() -> int:
+    """Run the demo so that Ctrl-C and SIGTERM end it in good order; return the exit code."""
+    # The demo may be reading Python's own directory: nothing is to be written there meanwhile.
+    sys.dont_write_bytecode = True
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # The directory's name need not be UTF-8 either.
+    demo = asyncio.create_task(run_demo())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Only once: a second Ctrl-C must not interrupt the stopping of the processes.
+        asyncio.get_running_loop().add_signal_handler(number, lambda: demo.cancelling() or demo.cancel())
+    try:
+        return 0 if await demo else 1
+    except (DemoFailed, BrokerError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except asyncio.CancelledError:
+        print("interrupted; everything is stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

@@ -1,0 +1,186 @@
+"""A real PostgreSQL for every test that touches storage.
+
+One server a session, in a directory that goes away with it, with fsync off (tests about crashes start their
+own); one database a test, cloned from a migrated template. TEST_DATABASE_URL names another server instead: its
+role must be allowed to create databases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from broker.embedded import EmbeddedPostgres
+from broker.server import Server
+from broker.settings import Settings
+from broker.storage.database import Connection, configure
+from broker.storage.migrate import migrate
+
+TEMPLATE = "wonderq_test_template"
+
+_names = (f"wonderq_test_{os.getpid()}_{n}" for n in itertools.count())
+
+
+@contextmanager
+def _test_server() -> Iterator[str]:
+    """Yield how to connect to the server that tests make their databases on."""
+    if url := os.environ.get("TEST_DATABASE_URL"):
+        yield url
+        return
+    with tempfile.TemporaryDirectory(prefix="wonderq-test-", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o755)  # as root, PostgreSQL runs as another account
+        postgres = EmbeddedPostgres(
+            Path(folder), settings={"fsync": "off", "full_page_writes": "off", "max_connections": "300"}
+        )
+        conninfo = asyncio.run(postgres.start())
+        try:
+            yield conninfo
+        finally:
+            asyncio.run(postgres.stop())
+
+
+@pytest.fixture(scope="session")
+def test_server() -> Iterator[str]:
+    """A PostgreSQL with a migrated template database."""
+    with _test_server() as conninfo:
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE IF EXISTS {TEMPLATE} WITH (FORCE)")
+            connection.execute(f"CREATE DATABASE {TEMPLATE} TEMPLATE template0 ENCODING 'UTF8'")
+        asyncio.run(migrate(make_conninfo(conninfo, dbname=TEMPLATE)))
+        yield conninfo
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE IF EXISTS {TEMPLATE} WITH (FORCE)")
+
+
+@contextmanager
+def new_database(server: str, template: str) -> Iterator[str]:
+    """Yield how to connect to a database of its own."""
+    name = next(_names)
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {} ENCODING 'UTF8'").format(
+                sql.Identifier(name), sql.Identifier(template)
+            )
+        )
+        try:
+            yield make_conninfo(server, dbname=name)
+        finally:
+            connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def database_url(test_server: str) -> Iterator[str]:
+    """A migrated database."""
+    with new_database(test_server, TEMPLATE) as conninfo:
+        yield conninfo
+
+
+@pytest.fixture
+def empty_database_url(test_server: str) -> Iterator[str]:
+    """A database without anything in it."""
+    with new_database(test_server, "template0") as conninfo:
+        yield conninfo
+
+
+Connect = Callable[[], Any]
+
+
+@pytest.fixture
+async def connect(database_url: str) -> AsyncIterator[Connect]:
+    """Make connections as the broker makes them: `await connect()`."""
+    async with AsyncExitStack() as stack:
+
+        async def one_more() -> Connection:
+            connection: Connection = await psycopg.AsyncConnection.connect(database_url, autocommit=True)
+            await configure(connection)
+            await stack.enter_async_context(connection)
+            return connection
+
+        yield one_more
+
+
+@pytest.fixture
+async def connection(connect: Connect) -> Connection:
+    """One connection as the broker makes them."""
+    made: Connection = await connect()
+    return made
+
+
+@dataclass
+class Broker:
+    """A running broker, and a session to talk to it."""
+
+    url: str
+    server: Server
+    http: aiohttp.ClientSession
+
+    async def post(self, data: bytes, **headers: str) -> tuple[int, bytes]:
+        """POST these bytes to /rpc; return status and body."""
+        async with self.http.post(
+            f"{self.url}/rpc", data=data, headers={"Content-Type": "application/json", **headers}
+        ) as response:
+            return response.status, await response.read()
+
+    async def answer(self, method: str, /, **params: Any) -> dict[str, Any]:
+        """Call a method; return the whole answer."""
+        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        async with self.http.post(f"{self.url}/rpc", json=request) as response:
+            assert response.status == 200, await response.text()
+            answer: dict[str, Any] = await response.json()
+            return answer
+
+    async def call(self, method: str, /, **params: Any) -> Any:
+        """Call a method; return its result, or fail with its error."""
+        answer = await self.answer(method, **params)
+        assert "error" not in answer, answer["error"]
+        return answer["result"]
+
+    async def error(self, method: str, /, **params: Any) -> dict[str, Any]:
+        """Call a method; return its error, or fail where it had none."""
+        answer = await self.answer(method, **params)
+        assert "error" in answer, answer
+        error: dict[str, Any] = answer["error"]
+        return error
+
+
+StartBroker = Callable[..., Any]
+
+
+@pytest.fixture
+async def start_broker(database_url: str) -> AsyncIterator[StartBroker]:
+    """Start brokers in this process, all on one database: `await start_broker(sweep_interval=60)`."""
+    async with AsyncExitStack() as stack:
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+
+        async def start(**settings: Any) -> Broker:
+            chosen = replace(Settings(host="127.0.0.1", port=0), **settings)
+            server = await stack.enter_async_context(Server(database_url, chosen))
+            return Broker(server.url, server, http)
+
+        yield start
+
+
+@pytest.fixture
+async def broker(start_broker: StartBroker) -> Broker:
+    """A broker on an empty database."""
+    started: Broker = await start_broker()
+    return started
+
+
+@pytest.fixture
+def broker_url(broker: Broker) -> str:
+    """The URL of a broker on an empty database."""
+    return broker.url

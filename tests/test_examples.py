@@ -1,0 +1,291 @@
+"""The examples and the demo, run as the processes that they are.
+
+Where the demo starts a broker of its own it has a folder that every account may enter: below pytest's temporary
+folders the PostgreSQL of a broker that root started could not reach its data.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import uuid
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from broker.client import Client
+
+PROJECT = Path(__file__).resolve().parents[1]
+DEADLINE = 120
+
+ODD_NAMES = [
+    b"with space",
+    b"100%25",
+    b"line\nbreak",
+    b"-rf",
+    b"'\"`$HOME",
+    b"\xff\xfe not utf-8",
+    "Ω ☃".encode(),
+    b"n" * 255,
+    b"empty",
+]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="wonderq-test-", dir="/tmp"))
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def files(folder: Path) -> Path:
+    """Make a directory of 60 files, of which some have odd names, and of things that are no files."""
+    root = folder / "files"
+    (root / "deep" / "deeper").mkdir(parents=True)
+    names = [os.fsdecode(name) for name in ODD_NAMES] + [f"deep/deeper/{n}" for n in range(51)]
+    for name in names:
+        (root / name).write_text("" if name == "empty" else f"this is {name!r}")
+    (root / "link").symlink_to(root / "empty")
+    (root / "loop").symlink_to(root)
+    os.mkfifo(root / "pipe")
+    return root
+
+
+@pytest.fixture
+def queue() -> str:
+    return f"examples-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+async def client(broker_url: str) -> AsyncIterator[Client]:
+    async with Client(broker_url) as client:
+        yield client
+
+
+@asynccontextmanager
+async def running(*command: str, **environ: str | Path) -> AsyncIterator[Process]:
+    unset = ("BROKER_URL", "BROKER_TOKEN", "DATABASE_URL", "DEMO_DIR", "DEMO_DATA_DIR", "DEMO_FAULT")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=PROJECT, env=kept | {"PYTHONPATH": str(PROJECT), **environ}, stdout=PIPE, stderr=PIPE
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def outcome(process: Process) -> tuple[int | None, str, str]:
+    """Wait for the end; return exit code, output and errors."""
+    async with asyncio.timeout(DEADLINE):
+        output, errors = await process.communicate()
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def run(*command: str, **environ: str | Path) -> tuple[int | None, str, str]:
+    async with running(*command, **environ) as process:
+        return await outcome(process)
+
+
+async def line_of(process: Process, beginning: str) -> str:
+    """Read the process's output up to the line that begins so."""
+    assert process.stdout is not None
+    async with asyncio.timeout(DEADLINE):
+        async for line in process.stdout:
+            if line.decode().startswith(beginning):
+                return line.decode()
+    raise AssertionError(f"the process ended without saying {beginning!r}")
+
+
+def example(name: str, url: str, *options: str) -> list[str]:
+    return [sys.executable, f"examples/{name}.py", "--url", url, *options]
+
+
+DEMO = (sys.executable, "-m", "examples.demo")
+
+
+async def test_the_producer_prints_the_ids_of_what_it_stored(broker_url: str, client: Client, queue: str) -> None:
+    await client.create_queue(queue)
+
+    code, output, _ = await run(*example("producer", broker_url, "--queue", queue, "--count", "3", "--sender", "me"))
+
+    messages = await client.dequeue(queue, max_messages=10)
+    assert code == 0
+    assert output.split() == [message.message_id for message in messages]
+    assert [message.sender for message in messages] == ["me"] * 3
+
+
+async def test_the_consumer_prints_and_deletes_what_it_takes(broker_url: str, client: Client, queue: str) -> None:
+    await client.create_queue(queue)
+    await client.enqueue_batch(queue, [{"body": {"n": n}, "sender": "me"} for n in range(15)])
+
+    code, output, _ = await run(*example("consumer", broker_url, "--queue", queue, "--max", "12"))
+
+    lines = [line.split("\t") for line in output.splitlines()]
+    assert code == 0
+    assert lines == [["me", json.dumps({"n": n}), "1"] for n in range(12)]
+    assert (await client.count_messages(queue))["total"] == 3
+
+
+async def test_two_producers_and_two_consumers_pass_each_message_on_once(
+    broker_url: str, client: Client, queue: str
+) -> None:
+    await client.create_queue(queue)
+    produce = [run(*example("producer", broker_url, "--queue", queue, "--count", "50")) for _ in range(2)]
+    consume = [run(*example("consumer", broker_url, "--queue", queue, "--max", "50")) for _ in range(2)]
+
+    results = await asyncio.gather(*produce, *consume)
+
+    lines = [line for _, output, _ in results[2:] for line in output.splitlines()]
+    assert [code for code, _, _ in results] == [0] * 4
+    assert len(lines) == len(set(lines)) == 100
+    assert (await client.count_messages(queue))["total"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_consumer_that_is_told_to_stop_leaves_nothing_behind(
+    broker_url: str, client: Client, queue: str, number: signal.Signals
+) -> None:
+    await client.create_queue(queue)
+    await client.enqueue(queue, 1, sender="me")
+    async with running(*example("consumer", broker_url, "--queue", queue)) as consumer:
+        await line_of(consumer, "me\t1")
+        consumer.send_signal(number)
+        code, _, errors = await outcome(consumer)
+
+    assert (code, errors) == (0, "")
+    assert (await client.count_messages(queue))["total"] == 0
+
+
+@pytest.mark.parametrize("name", ["producer", "consumer"])
+async def test_producer_and_consumer_say_what_is_wrong(broker_url: str, queue: str, name: str) -> None:
+    no_queue = await run(*example(name, broker_url, "--queue", queue))
+    no_broker = await run(*example(name, "http://127.0.0.1:1"))
+
+    assert (no_queue[0], no_broker[0]) == (1, 1)
+    assert "queue_not_found" in no_queue[2]
+    assert "http://127.0.0.1:1/rpc" in no_broker[2]
+    assert "Traceback" not in no_queue[2] + no_broker[2]
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+async def test_the_session_can_be_run_and_pasted(broker_url: str, shell: str) -> None:
+    if shutil.which(shell) is None or shutil.which("curl") is None:
+        pytest.skip(f"needs {shell} and curl")
+
+    ran = await run(shell, "examples/session.sh", BROKER_URL=broker_url)
+    pasted = await run(shell, "-c", f"{shell} -s < examples/session.sh", BROKER_URL=broker_url)
+
+    for code, output, errors in (ran, pasted):
+        answers = [json.loads(line) for line in output.splitlines()]
+        assert (code, errors) == (0, "")
+        assert [answer["id"] for answer in answers] == [1, 2, 3, 4, 5, 6]
+        assert answers[2]["result"]["messages"][0]["body"] == {"hello": "world"}
+        assert answers[4]["result"] == {"deleted": True}
+        assert answers[5]["result"]["total"] == 0
+
+
+async def test_the_session_ends_at_the_first_error() -> None:
+    code, _, errors = await run("sh", "examples/session.sh", BROKER_URL="http://127.0.0.1:1")
+
+    assert code != 0
+    assert "curl" in errors
+
+
+async def test_the_demo_finds_every_file_counted_once_also_on_old_data(folder: Path, files: Path) -> None:
+    environ = {"DEMO_DIR": files, "DEMO_DATA_DIR": folder / "data"}
+
+    runs = [await run(*DEMO, **environ), await run(*DEMO, **environ)]
+
+    for code, output, errors in runs:
+        assert (code, errors) == (0, "")
+        assert "60 files below" in output
+        assert "60 tasks" in output
+        assert "60 of 60 files" in output
+        assert "problems      0" in output
+
+
+async def test_the_demo_works_on_the_data_of_one_that_was_interrupted(folder: Path, files: Path) -> None:
+    environ = {"DEMO_DIR": files, "DEMO_DATA_DIR": folder / "data"}
+    async with running(*DEMO, **environ) as demo:
+        await line_of(demo, "consumer-1 killed")
+        demo.send_signal(signal.SIGINT)
+        interrupted, _, errors = await outcome(demo)
+
+    code, output, _ = await run(*DEMO, **environ)
+
+    assert (interrupted, errors) == (130, "interrupted; everything is stopped\n")
+    assert code == 0
+    assert "60 tasks" in output
+
+
+async def test_the_messages_of_the_killed_consumer_come_back(broker_url: str, files: Path) -> None:
+    code, output, _ = await run(*DEMO, DEMO_DIR=files, BROKER_URL=broker_url)
+
+    held = int(output.split("killed while it held ")[1].split()[0])
+    assert code == 0
+    assert held > 0
+    assert f"{held} of the {held} of the killed consumer came back" in output
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"), [("wrong", "wrong: "), ("missing", "missing: "), ("twice", "counted twice: ")]
+)
+async def test_the_demo_notices_what_went_wrong(broker_url: str, files: Path, fault: str, problem: str) -> None:
+    code, output, errors = await run(*DEMO, DEMO_DIR=files, BROKER_URL=broker_url, DEMO_FAULT=fault)
+
+    assert (code, errors) == (1, "")
+    assert f"\n{problem}" in output
+
+
+async def test_a_file_that_changes_under_way_is_a_wrong_one(broker_url: str, files: Path) -> None:
+    async with running(*DEMO, DEMO_DIR=files, BROKER_URL=broker_url) as demo:
+        # By now some files were read.
+        await line_of(demo, "consumer-1 killed")
+        for path in files.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.write_text("something else")
+        code, output, _ = await outcome(demo)
+
+    assert code == 1
+    assert "\nwrong: " in output
+    assert "but the file changed meanwhile" in output
+
+
+async def test_files_that_vanish_under_way_do_not_hurt(broker_url: str, files: Path) -> None:
+    async with running(*DEMO, DEMO_DIR=files, BROKER_URL=broker_url) as demo:
+        await line_of(demo, "consumer-1 killed")
+        shutil.rmtree(files)
+        code, output, errors = await outcome(demo)
+
+    assert (code, errors) == (0, "")
+    assert "60 tasks" in output
+    assert "problems      0" in output
+
+
+async def test_a_directory_without_files_is_said(folder: Path) -> None:
+    code, _, errors = await run(*DEMO, DEMO_DIR=folder, DEMO_DATA_DIR=folder / "data")
+
+    assert code == 1
+    assert errors == f"There are no files below {folder.resolve()}: set DEMO_DIR to a directory with some.\n"
+
+
+async def test_a_demo_whose_broker_cannot_start_says_why(folder: Path, files: Path) -> None:
+    data_dir = folder / "data"
+    data_dir.write_text("in the way")
+
+    code, _, errors = await run(*DEMO, DEMO_DIR=files, DEMO_DATA_DIR=data_dir)
+
+    assert code == 1
+    assert str(data_dir) in errors
+    assert "The broker ended before it was ready." in errors
