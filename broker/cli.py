@@ -18,7 +18,8 @@ import msgspec
 
 from broker import __version__, server
 from broker.client import BrokerError, Client
-from broker.embedded import EmbeddedError, EmbeddedPostgres
+from broker.embedded import EmbeddedPostgres
+from broker.installation import EmbeddedError
 from broker.logs import configure_logs
 from broker.schema import Schema, describe, load_document
 from broker.settings import Setting, Settings, settings_table

@@ -23,7 +23,7 @@ from http import HTTPStatus
 from typing import Any, cast
 
 from aiohttp import hdrs, web
-from aiohttp.http import HttpVersion11
+from aiohttp.http import HttpVersion10, HttpVersion11
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
@@ -312,6 +312,9 @@ class Connection(RequestHandler):
             request._headers = CIMultiDictProxy(headers)
             is_known = expectation.lower() == "100-continue" and request.version >= HttpVersion11
             request[_EXPECTS_CONTINUE] = is_known
+        if request.version < HttpVersion10:  # A first line that ends before "HTTP/1.1".
+            malformed = _ErrInfo(400, ValueError("no version"), "malformed")
+            request_handler = self._make_error_handler(malformed)
         return super()._handle_request(request, start_time, request_handler)
 
     def finish_response(

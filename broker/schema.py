@@ -61,10 +61,7 @@ class MethodSchema:
         try:
             struct = self.decoder.decode(params)
         except msgspec.DecodeError as error:
-            refusal = self.explain(str(error), params)
-            if element := re.match(r"\w+\[(\d+)\]", refusal.extra["param"]):
-                refusal.extra["index"] = int(element.group(1))
-            raise refusal from None
+            raise self.explain(str(error), params) from None
         values = {name: getattr(struct, name) for name in self.params}
         for name, value in values.items():
             if value is _MISSING:
@@ -74,27 +71,60 @@ class MethodSchema:
     def explain(self, error: str, params: Raw) -> InvalidParams:
         """Say what is wrong with params that were refused, in the words of the contract."""
         whole = {"type": "object", "properties": self.params}
-        if found := re.match(r"Object (missing required|contains unknown) field `(.*?)`(?: - at `\$(.*)`)?", error):
-            kind, field, inside = found.groups()
+        if error.startswith("Object contains unknown field"):
+            return _unknown_param(whole, params, self.components)
+        if found := re.match(r"Object missing required field `(.*?)`(?: - at `\$(.*)`)?", error):
+            field, inside = found.groups()
             where = _join(inside or "", field)
-            if kind == "contains unknown":
-                parent = _resolve(_at(whole, inside or "", self.components), self.components)
-                known = ", ".join(parent.get("properties", {})) or "none"
-                return InvalidParams(
-                    reason=f"There is no param `{where}`; known are: {known}.", param=where, given=_given(params, where)
-                )
-            schema = _at(whole, where, self.components)
-            limit = describe(schema, self.components)
-            return InvalidParams(reason=f"`{where}` is missing; it must be {limit}.", param=where, limit=limit)
+            limit = describe(_at(whole, where, self.components), self.components)
+            return _refusal(f"`{where}` is missing; it must be {limit}.", where, limit=limit)
         place = re.search(r" - at (?:`key` in )?`\$(.*)`$", error)
         where = _join("", place.group(1).removesuffix("[...]")) if place else ""
-        schema = _at(whole, where, self.components)
-        limit = describe(schema, self.components)
+        limit = describe(_at(whole, where, self.components), self.components)
         given = _given(params, where)
         name = f"`{where}`" if where else "`params`"
-        return InvalidParams(
-            reason=f"{name} must be {limit}, and {given} was given.", param=where, limit=limit, given=given
-        )
+        return _refusal(f"{name} must be {limit}, and {given} was given.", where, limit=limit, given=given)
+
+
+def _refusal(reason: str, where: str, **data: Any) -> InvalidParams:
+    """Return the error for the param at a path; `index` is told where it lies in an element of a list."""
+    refusal = InvalidParams(reason=reason, param=where, **data)
+    if element := re.match(r"\w+\[(\d+)\]", where):
+        refusal.extra["index"] = int(element.group(1))
+    return refusal
+
+
+def _unknown_param(whole: Schema, params: Raw, components: Mapping[str, Schema]) -> InvalidParams:
+    """Name a param that does not exist.
+
+    It is searched for anew: its name may hold anything, also what msgspec's sentence about it is made of.
+    """
+    path, name, value, schema = _first_unknown(whole, params, components, "") or ("", "", params, whole)
+    shown = _cut(name)
+    where = f"{path}.{shown}" if path else shown
+    known = ", ".join(schema["properties"]) or "none"
+    refusal = _refusal(f"There is no param `{where}`; known are: {known}.", path, given=_shown(value))
+    refusal.extra["param"] = where
+    return refusal
+
+
+def _first_unknown(
+    schema: Schema, value: Raw, components: Mapping[str, Schema], path: str
+) -> tuple[str, str, Raw, Schema] | None:
+    """Return (path of the object, name, value, schema of the object) of the first member that does not exist."""
+    schema = _resolve(schema, components)
+    if "properties" in schema and bytes(value)[:1] == b"{":
+        members = msgspec.json.decode(value, type=dict[str, Raw])
+        for name, member in members.items():
+            if name not in schema["properties"]:
+                return path, name, member, schema
+        inside = [(schema["properties"][name], member, _join(path, name)) for name, member in members.items()]
+    elif "items" in schema and bytes(value)[:1] == b"[":
+        elements = msgspec.json.decode(value, type=list[Raw])
+        inside = [(schema["items"], element, f"{path}[{n}]") for n, element in enumerate(elements)]
+    else:
+        return None
+    return next(filter(None, (_first_unknown(each, part, components, at) for each, part, at in inside)), None)
 
 
 def compile_methods(document: Schema) -> dict[str, MethodSchema]:
@@ -160,7 +190,10 @@ def _type(schema: Schema, components: Mapping[str, Schema], place: str) -> Any:
     unknown = set(schema) - _UNDERSTOOD
     if unknown:
         raise SchemaError(f"{place}: the schema says {unknown.pop()}, which is not understood")
-    schema = _resolve(schema, components)
+    try:
+        schema = _resolve(schema, components)
+    except SchemaError as error:
+        raise SchemaError(f"{place}: {error}") from None
     kinds = schema.get("type")
     if kinds is None:
         if "enum" in schema:
@@ -206,7 +239,10 @@ def _python_pattern(pattern: str) -> str:
 def _resolve(schema: Schema, components: Mapping[str, Schema]) -> Schema:
     """Return a schema with its reference, single `allOf` and nullable `anyOf` put in place."""
     if "$ref" in schema:
-        return _resolve(components[schema["$ref"].removeprefix(_REF)], components)
+        name = schema["$ref"].removeprefix(_REF)
+        if name not in components:
+            raise SchemaError(f"there is no {schema['$ref']}")
+        return _resolve(components[name], components)
     if "allOf" in schema:
         (only,) = schema["allOf"]
         return {**_resolve(only, components), **{k: v for k, v in schema.items() if k != "allOf"}}
@@ -292,5 +328,12 @@ def _given(params: Raw, path: str) -> str:
                 value = msgspec.json.decode(value, type=dict[str, Raw])[step]
     except (msgspec.DecodeError, LookupError):
         return "something else"
-    text = bytes(value).decode(errors="replace")
+    return _shown(value)
+
+
+def _shown(value: Raw) -> str:
+    return _cut(bytes(value).decode(errors="replace"))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= GIVEN_SHOWN else f"{text[:GIVEN_SHOWN]}… ({len(text)} characters)"

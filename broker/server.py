@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import sys
 import time
@@ -21,8 +22,9 @@ import psycopg
 from aiohttp import web
 
 from broker.connections import ConnectionLimits, ConnectionRunner
-from broker.embedded import EmbeddedError, EmbeddedPostgres
+from broker.embedded import EmbeddedPostgres
 from broker.errors import BrokerError, InvalidRequest, Unavailable, error_answer
+from broker.installation import EmbeddedError
 from broker.methods import Methods
 from broker.metrics import Metrics
 from broker.pages import Pages, unavailable
@@ -95,6 +97,9 @@ def is_loopback(host: str) -> bool:
 @contextlib.asynccontextmanager
 async def embedded_postgres(settings: Settings, stop: asyncio.Event) -> AsyncIterator[str]:
     """Run a PostgreSQL of our own and start it again should it die; yield how to connect to it."""
+    # What was set for other programs must not redirect the way to our own server.
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
     postgres = EmbeddedPostgres(settings.data_dir)
     conninfo = await postgres.start()
     log.info("embedded PostgreSQL runs data_dir=%s", settings.data_dir)

@@ -6,6 +6,9 @@ shortened, a queue was resumed), the end of a delay or of a lease (a timer on th
 look that is taken once a second for all the queues that somebody waits for. Whoever finds as much as it asked
 for wakes the next, so a wake-up never ends with a consumer that had no use for it.
 
+Dangerous to change: a consumer stands in line before it looks, so that nothing comes unseen between the look
+and the wait; and who is woken leaves the line at once, so that one wake-up is not spent on two.
+
 Promises: what was leased for a client that hung up is given back. Does not promise an order among those who wait.
 """
 
@@ -13,11 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from broker.errors import BrokerError, Overloaded
+from broker.model import MAX_BODY_BYTES_PER_ANSWER
 from broker.storage import messages
 from broker.storage.database import Database
 from broker.storage.messages import Delivery
@@ -36,41 +40,61 @@ RETRY_SECONDS = 0.01
 # One hand-out in so many takes fresh messages first, so that returned ones cannot starve a queue.
 FRESH_FIRST_EVERY = 8
 REMEMBERED_HAND_OUTS = 10_000
+# The most that a queue's max_message_bytes can be.
+LARGEST_BODY_BYTES = 2**20
 
 
 class Line:
     """Those who wait for one queue, first come first."""
 
-    def __init__(self) -> None:
-        self.waiting: deque[asyncio.Future[None]] = deque()
-        self.timer: asyncio.TimerHandle | None = None
+    def __init__(self, on_time: Callable[[], None]) -> None:
+        # Ordered, and anybody can leave it at once wherever he stands: thousands may hang up together.
+        self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+        self._on_time = on_time
         self.in_vain = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def enter(self) -> asyncio.Future[None]:
+        """Stand in line; return what is done when it is one's turn."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[waiter] = None
+        return waiter
+
+    def leave(self, waiter: asyncio.Future[None]) -> None:
+        """Leave the line; where it was one's turn already, it is the next one's."""
+        if waiter.done():
+            self.wake(1)
+        else:
+            del self._waiting[waiter]
 
     def wake(self, consumers: int) -> None:
         """Wake the first ones."""
-        while consumers > 0 and self.waiting:
-            waiter = self.waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                consumers -= 1
+        while consumers > 0 and self._waiting:
+            waiter, _ = self._waiting.popitem(last=False)
+            waiter.set_result(None)
+            consumers -= 1
 
-    def wake_in(self, seconds: float) -> None:
-        """Wake the first one in so many seconds, or earlier where that was planned."""
+    def wake_in(self, seconds: float) -> bool:
+        """Wake the first one in so many seconds; return False where an earlier time was known."""
         loop = asyncio.get_running_loop()
         when = loop.time() + seconds
-        if self.timer is not None:
-            if self.timer.when() <= when:
-                return
-            self.timer.cancel()
-        self.timer = loop.call_at(when, self._time_has_come)
+        if self._timer is not None and self._timer.when() <= when:
+            return False
+        self.forget_time()
+        self._timer = loop.call_at(when, self._time_has_come)
+        return True
 
     def _time_has_come(self) -> None:
-        self.timer = None
+        self._timer = None
         self.wake(1)
+        self._on_time()
 
-    def close(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
+    def forget_time(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class WaitingRoom:
@@ -79,6 +103,8 @@ class WaitingRoom:
     def __init__(self, database: Database, *, max_waiting: int = 10_000) -> None:
         self._database = database
         self._max_waiting = max_waiting
+        self._waiting = 0
+        # A line is opened for the first one and forgotten at the next look at all, when nobody stands in it.
         self._lines: dict[str, Line] = {}
         self._to_look_at: set[str] = set()
         self._look_soon = asyncio.Event()
@@ -90,7 +116,7 @@ class WaitingRoom:
     @property
     def waiting(self) -> int:
         """How many consumers wait now."""
-        return sum(len(line.waiting) for line in self._lines.values())
+        return self._waiting
 
     async def dequeue(
         self,
@@ -104,45 +130,38 @@ class WaitingRoom:
         """Take messages; where there are none, wait up to `wait` seconds. Raises QueueNotFound, Overloaded."""
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
-        while True:
-            # In line before looking: what comes between the look and the wait is not missed.
-            waiter = self._stand_in_line(queue) if wait > 0 and not self._is_closing else None
-            try:
-                delivery = await self._take(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
-                if delivery.messages:
-                    self._taken(queue, delivery, may_be_more=len(delivery.messages) == max_messages)
-                    return delivery
-                if waiter is None or loop.time() >= until:
-                    return delivery
-                self._look_at(queue)
-                await asyncio.wait({waiter}, timeout=until - loop.time())
-                if not waiter.done() or self._is_closing:
-                    return delivery
-                waiter = None  # the wake-up is used by the next look
-            finally:
-                if waiter is not None:
-                    self._leave_line(queue, waiter)
+        has_place = False
+        try:
+            while True:
+                waiter = self._line(queue).enter() if wait > 0 and not self._is_closing else None
+                try:
+                    delivery = await self._take(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
+                    if delivery.messages or waiter is None or loop.time() >= until:
+                        return delivery
+                    if not has_place:
+                        self._take_place()
+                        has_place = True
+                    self._look_at(queue)
+                    await asyncio.wait({waiter}, timeout=until - loop.time())
+                    if not waiter.done() or self._is_closing:
+                        return delivery
+                    waiter = None  # the wake-up is used by the next look
+                finally:
+                    if waiter is not None:
+                        self._line(queue).leave(waiter)
+        finally:
+            self._waiting -= has_place
 
-    def _stand_in_line(self, queue: str) -> asyncio.Future[None]:
-        if self.waiting >= self._max_waiting:
+    def _take_place(self) -> None:
+        if self._waiting >= self._max_waiting:
             raise Overloaded(limit=self._max_waiting, what="waiting consumers", retry_after=1)
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._lines.setdefault(queue, Line()).waiting.append(waiter)
-        return waiter
+        self._waiting += 1
 
-    def _leave_line(self, queue: str, waiter: asyncio.Future[None]) -> None:
+    def _line(self, queue: str) -> Line:
         line = self._lines.get(queue)
         if line is None:
-            return
-        if waiter.done():
-            line.wake(1)  # it was this one's turn, and it had no use for it
-        else:
-            waiter.cancel()
-            if waiter in line.waiting:
-                line.waiting.remove(waiter)
-        if not line.waiting:
-            line.close()
-            del self._lines[queue]
+            line = self._lines[queue] = Line(lambda: self._look_at(queue))
+        return line
 
     async def _take(
         self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool
@@ -166,18 +185,22 @@ class WaitingRoom:
         except asyncio.CancelledError:
             self._in_background(self._give_back_when_taken(queue, taking))
             raise
+        except BrokerError:
+            self._look_at(queue)  # what this one may have been woken for is somebody else's now
+            raise
         if delivery.messages:
             if len(self._hand_outs) >= REMEMBERED_HAND_OUTS:
                 self._hand_outs.clear()
             self._hand_outs[queue] = count
+            self._taken(queue, delivery, max_messages)
         return delivery
 
-    def _taken(self, queue: str, delivery: Delivery, *, may_be_more: bool) -> None:
+    def _taken(self, queue: str, delivery: Delivery, max_messages: int) -> None:
         line = self._lines.get(queue)
         if line is not None:
             line.in_vain = 0
-            if may_be_more:
-                line.wake(1)
+            if len(delivery.messages) == max_messages or fills_an_answer(delivery):
+                line.wake(1)  # there may be more
         if delivery.leases and delivery.lease_seconds < SHORT_LEASE_SECONDS:
             self.tell(News(queue, delivery.lease_seconds, len(delivery.leases)))
 
@@ -185,6 +208,7 @@ class WaitingRoom:
         try:
             delivery = await taking
         except BrokerError:
+            self._look_at(queue)
             return
         await self.give_back(queue, delivery)
 
@@ -235,7 +259,7 @@ class WaitingRoom:
         self._look_soon.set()
 
     async def run(self) -> None:
-        """Look once a second, and whenever somebody begins to wait, until cancelled."""
+        """Look once a second, and whenever somebody begins to wait or was woken by the clock, until cancelled."""
         loop = asyncio.get_running_loop()
         next_look_at_all = loop.time() + LOOK_SECONDS
         while True:
@@ -244,13 +268,18 @@ class WaitingRoom:
                     await self._look_soon.wait()
                     await asyncio.sleep(GATHER_SECONDS)
             except TimeoutError:
+                self._forget_empty_lines()
                 self._to_look_at.update(self._lines)
                 next_look_at_all = loop.time() + LOOK_SECONDS
             self._look_soon.clear()
-            queues = sorted(self._to_look_at & self._lines.keys())
+            queues = sorted(queue for queue in self._to_look_at if self._lines.get(queue))
             self._to_look_at.clear()
             if queues:
                 await self._look(queues)
+
+    def _forget_empty_lines(self) -> None:
+        for queue in [queue for queue, line in self._lines.items() if not line]:
+            self._lines.pop(queue).forget_time()
 
     async def _look(self, queues: list[str]) -> None:
         try:
@@ -263,7 +292,7 @@ class WaitingRoom:
             if line is None:
                 continue
             if queue not in found:
-                line.wake(len(line.waiting))  # the queue is gone: they shall hear of it
+                line.wake(len(line))  # the queue is gone: they shall hear of it
             elif (seconds := found[queue]) is not None:
                 self._expect(line, seconds)
 
@@ -272,13 +301,23 @@ class WaitingRoom:
             line.wake_in(seconds)
             return
         # Ready, and yet nobody could take it when they looked: locked for the moment.
-        line.wake_in(min(RETRY_SECONDS * 2**line.in_vain, LOOK_SECONDS) if line.in_vain else 0)
-        line.in_vain = min(line.in_vain + 1, 10)
+        if line.wake_in(min(RETRY_SECONDS * 2**line.in_vain, LOOK_SECONDS) if line.in_vain else 0):
+            line.in_vain = min(line.in_vain + 1, 10)
 
-    async def close(self) -> None:
-        """Give everybody who waits an empty answer, let nobody wait any more, and finish what is to be undone."""
+    def close(self) -> None:
+        """Give everybody who waits an empty answer, and let nobody wait any more."""
         self._is_closing = True
         for line in self._lines.values():
-            line.wake(len(line.waiting))
-        while self._background:
-            await asyncio.wait(set(self._background))
+            line.forget_time()
+            line.wake(len(line))
+
+    async def settle(self, timeout: float) -> None:
+        """Finish what is to be undone for clients that hung up, as far as that is possible in so many seconds."""
+        if self._background:
+            await asyncio.wait(set(self._background), timeout=timeout)
+
+
+def fills_an_answer(delivery: Delivery) -> bool:
+    """Whether it may have ended because of its size: with one body more it would have been too long."""
+    size = sum(len(bytes(message.body)) for message in delivery.messages)
+    return size > MAX_BODY_BYTES_PER_ANSWER - LARGEST_BODY_BYTES

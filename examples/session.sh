@@ -3,29 +3,28 @@
 set -eu
 BROKER_URL=${BROKER_URL:-http://127.0.0.1:8080}
 
-# Post one JSON-RPC call and print the answer. An error comes with HTTP 200, too.
 call() {
     answer=$(curl -sS --max-time 60 -H 'Content-Type: application/json' --data "$1" "$BROKER_URL/rpc")
     printf '%s\n' "$answer"
     case $answer in '{'*'"result":'*) ;; *) return 1 ;; esac
 }
 
-# A queue. Said again it changes nothing.
+echo 'A queue. Asked for again, it is left as it is.'
 call '{"jsonrpc":"2.0","id":1,"method":"create_queue","params":{"queue":"letters","visibility_timeout":30}}'
 
-# A producer sends a message. It is committed before the answer comes.
+echo 'A producer sends a message. It is committed before the answer comes.'
 call '{"jsonrpc":"2.0","id":2,"method":"enqueue","params":{"queue":"letters","body":{"hello":"world"},"sender":"shell"}}'
 
-# A consumer takes it, waiting up to 20 seconds for one. For 30 seconds nobody else gets it.
+echo 'A consumer takes it, waiting up to 20 seconds for one. For 30 seconds nobody else gets it.'
 delivery=$(call '{"jsonrpc":"2.0","id":3,"method":"dequeue","params":{"queue":"letters","wait":20}}')
 printf '%s\n' "$delivery"
 receipt=$(printf '%s\n' "$delivery" | sed -n 's/.*"receipt": *"\([^"]*\)".*/\1/p')
 
-# The work takes longer: five minutes from now.
+echo 'The work takes longer: five minutes from now.'
 call '{"jsonrpc":"2.0","id":4,"method":"extend_visibility","params":{"receipt":"'"$receipt"'","visibility_timeout":300}}'
 
-# The work is done.
+echo 'The work is done.'
 call '{"jsonrpc":"2.0","id":5,"method":"delete","params":{"receipt":"'"$receipt"'"}}'
 
-# What lies in the queue now.
+echo 'What lies in the queue now.'
 call '{"jsonrpc":"2.0","id":6,"method":"count_messages","params":{"queue":"letters"}}'

@@ -282,6 +282,7 @@ MALFORMED = {
     "no method": b" / HTTP/1.1\r\nHost: a\r\n\r\n",
     "unknown method": b"SEND /rpc HTTP/1.1\r\nHost: a\r\n\r\n",
     "method in lower case": b"post /rpc HTTP/1.1\r\nHost: a\r\n\r\n",
+    "HTTP 0.9": b"GET /rpc\r\n\r\n",
     "HTTP 2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "HTTP 3.0": b"GET /rpc HTTP/3.0\r\nHost: a\r\n\r\n",
     "space in the path": b"GET /rpc x HTTP/1.1\r\nHost: a\r\n\r\n",

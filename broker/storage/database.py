@@ -36,6 +36,8 @@ log = logging.getLogger("broker.database")
 
 # A statement whose server is gone is given up by us, not by libpq (its default is to wait for ever).
 CONNECT_TIMEOUT_SECONDS = 5
+# At the end, how long statements may still take, and then the pool to close.
+CLOSE_SECONDS = 0.5
 # The pool's pause between two attempts to connect doubles up to this; then the next call tries afresh.
 RECONNECT_TIMEOUT_SECONDS = 3
 ATTEMPTS_AFTER_DEADLOCK = 3
@@ -106,7 +108,7 @@ class Database:
         self.conninfo = conninfo
         self.request_timeout = request_timeout
         self.max_calls = max_calls
-        self._under_way: set[asyncio.Task[Any]] = set()
+        self._under_way: dict[asyncio.Task[Any], _Call] = {}
         self._services: WeakSet[Connection] = WeakSet()
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             conninfo,
@@ -132,11 +134,13 @@ class Database:
         except PoolTimeout:
             raise Unavailable(reason="cannot be reached") from None
 
-    async def close(self) -> None:
-        """Let running statements end, then close every connection."""
+    async def close(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Let running statements end, then close every connection; what has not ended in time is cut off."""
         if self._under_way:
-            await asyncio.wait(set(self._under_way), timeout=self.request_timeout)
-        await self._pool.close(timeout=2)
+            await asyncio.wait(set(self._under_way), timeout=timeout)
+        for call in self._under_way.values():
+            call.give_up()
+        await self._pool.close(timeout)
 
     async def connect(self) -> Connection:
         """Return a connection of its own, for a service; the caller closes it."""
@@ -159,7 +163,8 @@ class Database:
     async def write(self, operation: Operation[T], *, timeout: float | None = None) -> T:
         """Run an operation on a connection of the pool, within the deadline.
 
-        A caller that is cancelled leaves the statement running to its end; its result is dropped.
+        A caller that is cancelled leaves the statement running to its end, or to the deadline; its result is
+        dropped.
 
         Raises Unavailable with outcome "unknown" where the connection broke, or the deadline passed, after
         the statement was sent, and with "none" where it never was; Overloaded where too many calls wait.
@@ -169,16 +174,23 @@ class Database:
     async def _run(self, operation: Operation[T], timeout: float | None, *, unknown: str) -> T:
         call = _Call(self._pool, self.max_calls, operation, unknown)
         task = asyncio.create_task(call.run())
-        self._under_way.add(task)
+        self._under_way[task] = call
         task.add_done_callback(self._forget)
-        done, _ = await asyncio.wait({task}, timeout=timeout or self.request_timeout)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (timeout or self.request_timeout)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=deadline - loop.time())
+        except asyncio.CancelledError:
+            # Or clients that hang up on a hung server would use up the connections.
+            loop.call_at(deadline, call.give_up)
+            raise
         if not done:
             raise call.give_up()
         result: T = task.result()
         return result
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._under_way.discard(task)
+        del self._under_way[task]
         if not task.cancelled():
             task.exception()  # seen, also where nobody waits for it any more
 
@@ -197,8 +209,10 @@ class _Call:
         self._max_calls = max_calls
         self._operation = operation
         self._unknown = unknown
+        # Where the operation runs now; None once the connection is the pool's again, and so maybe another's.
         self._connection: Connection | None = None
-        self._given_up = False
+        self._is_sent = False
+        self._is_given_up = False
 
     async def run(self) -> Any:
         for attempt in range(1, ATTEMPTS_AFTER_DEADLOCK + 1):
@@ -211,12 +225,19 @@ class _Call:
         raise AssertionError("the last attempt returns or raises")
 
     async def _attempt(self) -> Any:
+        self._is_sent = False
         try:
             async with self._pool.connection() as connection:
-                if self._given_up:
+                if self._is_given_up:
                     raise Unavailable(reason="did not answer in time")
-                self._connection = connection
-                return await self._operation(connection)
+                self._connection, self._is_sent = connection, True
+                try:
+                    return await self._operation(connection)
+                except psycopg.errors.ReadOnlySqlTransaction:
+                    await connection.close()  # a primary that was demoted: the next one is found by connecting
+                    raise
+                finally:
+                    self._connection = None
         except PoolTimeout as error:
             raise Unavailable(reason="cannot be reached") from error
         except TooManyRequests as error:
@@ -228,14 +249,13 @@ class _Call:
         psycopg's own way asks the server to cancel and waits for it, which takes ten seconds and more when
         the server hangs.
         """
-        self._given_up = True
-        if self._connection is None:
-            return Unavailable(reason="did not answer in time")
-        cut(self._connection)
-        return Unavailable(reason="did not answer in time", outcome=self._unknown)
+        self._is_given_up = True
+        if self._connection is not None:
+            cut(self._connection)
+        return Unavailable(reason="did not answer in time", outcome=self._unknown if self._is_sent else "none")
 
     def _translate(self, error: psycopg.Error) -> BrokerError:
-        return translate(error, sent=self._connection is not None, unknown=self._unknown)
+        return translate(error, sent=self._is_sent, unknown=self._unknown)
 
 
 def cut(connection: Connection) -> None:

@@ -92,7 +92,10 @@ class Notifications:
         # What was said before is lost: everybody who waits looks once.
         self._reconnected()
         async for notification in connection.notifies():
-            sender, batch = msgspec.json.decode(notification.payload, type=tuple[str, list[News]])
+            try:
+                sender, batch = msgspec.json.decode(notification.payload, type=tuple[str, list[News]])
+            except msgspec.MsgspecError:
+                continue  # whoever may connect may NOTIFY, also what is no news
             if sender != self._own_name:
                 for news in batch:
                     self._hear(news)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from psycopg import sql
 
-from broker.errors import BrokerError, InvalidParams, QueueExists, QueueInUse, QueueNotFound
+from broker.errors import BrokerError, QueueExists, QueueInUse, QueueNotFound
 from broker.model import Queue, number, timestamp
 from broker.storage.database import Connection, Database
 
@@ -259,10 +259,3 @@ async def delete(database: Database, queue: str) -> tuple[int, bool]:
     if row is None:
         raise QueueNotFound(queue=queue)
     return await _purge_until(database, row[0], 2**63 - 1)
-
-
-def cursor_name(after: str | None) -> str | None:
-    """Check a cursor of `list_by_name`. Raises InvalidParams."""
-    if after is not None and not after[0].isalnum():
-        raise InvalidParams(reason="`after` must be the `next` of the page before.", param="after", given=after)
-    return after

@@ -29,6 +29,9 @@ PATIENCE = 120.0
 async def run_demo() -> bool:
     """Run the demo; return whether all went well."""
     started = time.time()
+    fault = os.environ.get("DEMO_FAULT", "")
+    if fault not in FAULTS:
+        raise DemoFailed(f"DEMO_FAULT is {fault!r}; it may be {', '.join(FAULTS[1:])}.")
     data_dir, directory, names = find_directories()
     run = uuid.uuid4().hex
     async with AsyncExitStack() as stack:
@@ -39,7 +42,7 @@ async def run_demo() -> bool:
         await make_queues(client)
         print(f"{len(names)} files below {directory}, broker at {url}", flush=True)
         async with AsyncExitStack() as workers:
-            producers, consumers, held = await start_workers(workers, url, run, directory, names)
+            producers, consumers, held = await start_workers(workers, url, run, directory, names, fault)
             with progress(len(names)) as show:
                 reports = await collect(client, run, producers, consumers, show)
         text, is_well = await asyncio.to_thread(judge, directory, names, reports, held, started)
@@ -83,15 +86,12 @@ async def make_queues(client: Client) -> None:
 
 
 async def start_workers(
-    stack: AsyncExitStack, url: str, run: str, directory: Path, names: list[str]
+    stack: AsyncExitStack, url: str, run: str, directory: Path, names: list[str], fault: str
 ) -> tuple[list[Process], list[Process], set[str]]:
     """Start two producers and three consumers, and kill one consumer while it holds messages.
 
     Returns the producers, the consumers that are left, and the message_ids that the killed one held.
     """
-    fault = os.environ.get("DEMO_FAULT", "")
-    if fault not in FAULTS:
-        raise DemoFailed(f"DEMO_FAULT is {fault!r}; it may be {', '.join(FAULTS[1:])}.")
 
     async def start(role: str, number: int, *options: str | Path) -> Process:
         common = (f"{__package__}.{role}", "--url", url, "--sender", f"{role}-{number}")

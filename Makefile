@@ -1,0 +1,83 @@
+# `make` alone tells what there is. Nothing but Python and make has to be there before: what is needed is
+# installed into .venv, again only when setup.cfg or pyproject.toml changed. Works with GNU make 3.81 and later.
+
+# The Python to make .venv with, instead of the first fitting one.
+PYTHON ?=
+# More for the program that is run: make test ARGS='-x -k lease'
+ARGS ?=
+# The PostgreSQL that test-postgresql uses.
+PG_BIN ?= /usr/lib/postgresql/15/bin
+# Tests in which no statement reaches a database; test-postgresql leaves them out.
+WITHOUT_SQL = tests/test_connections.py tests/test_docs.py tests/test_packaging.py tests/test_schema.py
+
+VENV = .venv
+PY = $(VENV)/bin/python
+
+# Its name says where and from what was installed; it is written last, so a half-done install leaves none.
+INSTALLED := $(VENV)/.installed-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
+
+# PostgreSQL's wheel decides which Python is too new; one that is named need not care.
+FIND_PYTHON = for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	"$$python" -c "import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, $(if $(PYTHON),99,15)))" \
+		>/dev/null 2>&1 && echo "$$python" && exit; done; \
+	echo "$(if $(PYTHON),$(PYTHON) is no Python 3.11 or newer,Python 3.11 to 3.14 was not found), or lacks ensurepip." \
+		"Install one (on Debian and Ubuntu python3-venv as well) or name one: make PYTHON=/path/to/python3" >&2; exit 1
+
+.PHONY: help
+help: ## Show this
+	@echo "make TARGET, where TARGET is"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: $(INSTALLED) ## Do real work: hash every file below DEMO_DIR (default: Python's library)
+	@$(PY) -m examples.demo $(ARGS)
+
+.PHONY: serve
+serve: $(INSTALLED) ## Run a broker on http://127.0.0.1:8080, with a PostgreSQL of its own
+	@$(PY) -m broker serve $(ARGS)
+
+.PHONY: test
+test: $(INSTALLED) ## Run the tests
+	@$(PY) -m pytest $(ARGS)
+
+.PHONY: test-postgresql
+test-postgresql: $(INSTALLED) ## Run those with SQL on another PostgreSQL (PG_BIN, default Debian's 15)
+	@$(PG_BIN)/postgres --version
+	@BROKER_PG_BIN=$(PG_BIN) $(PY) -m pytest $(WITHOUT_SQL:%=--ignore=%) $(ARGS)
+
+.PHONY: check
+check: lint test ## Do what CI does: style, types, layers, generated docs, tests
+
+.PHONY: lint
+lint: $(INSTALLED) ## The part of `check` before the tests
+	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff format --quiet --check .
+	$(PY) -m mypy --no-error-summary
+	$(VENV)/bin/lint-imports --no-cache
+	$(PY) docs/generate.py --check
+
+.PHONY: format
+format: $(INSTALLED) ## Format the code and repair what can be repaired
+	@$(PY) -m ruff check --quiet --fix . ; $(PY) -m ruff format .
+
+.PHONY: docs
+docs: $(INSTALLED) ## Write the generated pages of docs/ anew
+	@$(PY) docs/generate.py
+
+.PHONY: wheel
+wheel: $(INSTALLED) ## Build the sdist, and from it the wheel, into dist/
+	@$(PY) -m build --no-isolation --outdir dist
+
+.PHONY: clean
+clean: ## Remove what was installed, built or left by tests and demo
+	@rm -rf $(VENV) .demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@rm -f $(VENV)/.installed-*
+	@$(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		python=$$($(FIND_PYTHON)) && echo "Making $(VENV) with $$("$$python" --version)" && \
+		"$$python" -m venv --clear $(VENV); }
+	@echo "Installing into $(VENV), which may take a minute"
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev]'
+	@touch $@
