@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
-from broker.installation import EmbeddedError, Installation, clean_environ, find_installation
+from broker.installation import EmbeddedError, Installation, clean_environ, copy_programs, find_installation
 
 _NAME = "wonderq"  # of the database, and of its owner, the superuser
 _PORT = 5432  # nothing but a part of the socket's name
