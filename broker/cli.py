@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import click
 import msgspec
+import psycopg
 
 from broker import __version__, server
 from broker.client import BrokerError, Client
@@ -70,7 +72,7 @@ def read_settings(given: dict[str, Any]) -> Settings:
     for name, about, _ in settings_table():
         on_command_line = given.get(name)
         text = os.environ.get(about.variable, "")
-        if on_command_line:
+        if on_command_line not in (None, ()):
             source = about.flag
             value = ",".join(on_command_line) if about.repeatable else on_command_line
         elif text and name in given:
@@ -84,17 +86,21 @@ def read_settings(given: dict[str, Any]) -> Settings:
 def read_value(about: Setting, source: str, text: str) -> Any:
     """Return the value that a text means. Raises click.BadParameter, which names where the text stood."""
     shown = "***" if about.secret else text
+    if about.choices:
+        limit = f"one of {', '.join(about.choices)}"
+    elif about.minimum is not None and about.maximum is not None:
+        limit = f"from {about.minimum:,.12g} to {about.maximum:,.12g} {about.unit}".strip()
+    else:
+        limit = "a value that can be read, and not empty"
     try:
         value = about.parse(text)
-    except ValueError:
-        raise click.BadParameter(f"{source} cannot be {shown!r}: {about.help}") from None
-    if about.choices and value not in about.choices:
-        raise click.BadParameter(f"{source} must be one of {', '.join(about.choices)}, and {shown!r} was given.")
-    below = about.minimum is not None and value < about.minimum
-    if below or (about.maximum is not None and value > about.maximum):
-        raise click.BadParameter(
-            f"{source} must be from {about.minimum:g} to {about.maximum:g}, and {shown} was given. {about.help}"
-        )
+        is_allowed = bool(text.strip()) and (not about.choices or value in about.choices)
+        if about.minimum is not None and about.maximum is not None:
+            is_allowed = is_allowed and about.minimum <= value <= about.maximum
+    except (ValueError, OverflowError):
+        is_allowed = False
+    if not is_allowed:
+        raise click.BadParameter(f"{source} must be {limit}, and {shown!r} was given. {about.help}")
     return value
 
 
@@ -124,6 +130,12 @@ def migrate_command(settings: Settings) -> None:
         done = asyncio.run(run())
     except (MigrationError, EmbeddedError) as error:
         raise click.ClickException(str(error)) from None
+    except psycopg.Error as error:
+        reason = str(error).splitlines()[0]
+        raise click.ClickException(
+            f"The database cannot be migrated: {reason}. Check --database-url (DATABASE_URL); its role needs the right"
+            " to create a schema."
+        ) from None
     click.echo("\n".join(f"applied {name}" for name in done) or "nothing to do")
 
 
@@ -184,25 +196,33 @@ def takes_text(limits: str) -> bool:
     return limits.startswith(("a string", "one of"))
 
 
-def read_param(name: str, limits: str, text: str) -> Any:
-    """Return a param's value; JSON keeps its bytes. Raises click.BadParameter."""
-    if takes_text(limits):
-        return None if text == "null" and limits.endswith("or null") else text
+def read_param(name: str, limits: str, text: str) -> str:
+    """Return a param's value as JSON; what is JSON already keeps its bytes. Raises click.BadParameter."""
     try:
-        return msgspec.json.decode(text, type=msgspec.Raw)
+        text.encode()
+        if takes_text(limits) and not (text == "null" and limits.endswith("or null")):
+            return json.dumps(text)
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except UnicodeEncodeError:
+        raise click.BadParameter(f"--{name} is not UTF-8.") from None
     except msgspec.DecodeError as error:
         raise click.BadParameter(f"--{name} takes JSON, as {limits}: {error}") from None
+    return text
 
 
-def call_and_print(url: str, method: str, params: dict[str, Any]) -> None:
+def call_and_print(url: str, method: str, params: dict[str, str]) -> None:
     """Call a method and print its result; exit with 1 where it failed."""
 
-    async def run() -> Any:
-        async with Client(url, token=os.environ.get("BROKER_TOKEN")) as client:
-            return await client.call(method, **params)
+    async def run() -> str:
+        async with client:
+            return await client.call_json(method, params)
 
+    try:
+        client = Client(url, token=os.environ.get("BROKER_TOKEN") or None)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     try:
         result = asyncio.run(run())
     except BrokerError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
+    click.echo(msgspec.json.format(result, indent=2))

@@ -100,12 +100,9 @@ class _Refusal:
 _MALFORMED = _Refusal(
     HTTPStatus.BAD_REQUEST, -32600, "invalid_request",
     "This is not a valid HTTP/1.1 request: check its first line, headers and body framing.")
-_HEAD_TOO_SLOW = _Refusal(
+_TOO_SLOW = _Refusal(
     HTTPStatus.REQUEST_TIMEOUT, -32600, "invalid_request",
-    "The request's headers did not arrive in time: send it again.", retryable=True)
-_BODY_TOO_SLOW = _Refusal(
-    HTTPStatus.REQUEST_TIMEOUT, -32600, "invalid_request",
-    "The request's body did not arrive in time: send it again.", retryable=True)
+    "The whole request did not arrive in time: send it again.", retryable=True)
 _BODY_TOO_LARGE = _Refusal(
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE, -32600, "invalid_request",
     "The request's body is over this server's limit: send less in one request.")
@@ -118,6 +115,11 @@ _INTERNAL_ERROR = _Refusal(
     "The server failed while it worked on this request: what was done is unknown.",
     outcome="unknown")
 # fmt: on
+_REFUSAL_BY_ERROR: dict[type, _Refusal] = {
+    RequestPayloadError: _MALFORMED,
+    BodyTooLarge: _BODY_TOO_LARGE,
+    BodyTooSlow: _TOO_SLOW,
+}
 
 
 async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
@@ -151,6 +153,17 @@ async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
         body += chunk
         if len(body) > limits.max_body_bytes:
             raise BodyTooLarge
+
+
+async def send(request: web.Request, response: web.StreamResponse) -> None:
+    """Write a whole answer now, for a handler that has to know whether it could be written.
+
+    Raises ConnectionError where the client is gone.
+    """
+    if isinstance(request.protocol, Connection):
+        request.protocol.close_after(response)
+    await response.prepare(request)
+    await response.write_eof()
 
 
 def client_has_hung_up(request: web.Request) -> bool:
@@ -294,7 +307,7 @@ class Connection(RequestHandler):
             deadline = self._head_deadline or self._next_keepalive_close_time
             if now >= deadline:
                 if self._head_deadline is not None:
-                    self.transport.write(_HEAD_TOO_SLOW.to_bytes())
+                    self.transport.write(_TOO_SLOW.to_bytes())
                 self.force_close()
                 return
         self._watch_until(deadline)
@@ -322,9 +335,14 @@ class Connection(RequestHandler):
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
         if not request.content.is_eof() or (self._discarded is not None and not self._messages):
             return self._finish_and_linger(request, resp, start_time)
-        if self._owner.is_draining and not self._messages and isinstance(resp, web.StreamResponse):
-            resp.force_close()
+        if isinstance(resp, web.StreamResponse):
+            self.close_after(resp)
         return super().finish_response(request, resp, start_time)
+
+    def close_after(self, response: web.StreamResponse) -> None:
+        """Make an answer the last one while the server is draining, unless further requests are here already."""
+        if self._owner.is_draining and not self._messages:
+            response.force_close()
 
     async def _finish_and_linger(
         self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -370,14 +388,8 @@ class Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer as JSON-RPC, saying nothing of the inside; log only what is the server's fault."""
-        if status == 400 or isinstance(exc, RequestPayloadError):
-            refusal = _MALFORMED
-        elif isinstance(exc, BodyTooLarge):
-            refusal = _BODY_TOO_LARGE
-        elif isinstance(exc, BodyTooSlow):
-            refusal = _BODY_TOO_SLOW
-        else:
-            refusal = _INTERNAL_ERROR
+        refusal = _MALFORMED if status == 400 else _REFUSAL_BY_ERROR.get(type(exc), _INTERNAL_ERROR)
+        if refusal is _INTERNAL_ERROR:
             logger.exception("request failed: method=%r path=%r", request.method, request.path)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun, so it can only be cut off")
@@ -469,9 +481,7 @@ class ConnectionRunner(web.AppRunner):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         self.start_draining()
-        earlier = [each for each in self.connections if each.is_busy]
-        while any(each.is_busy for each in earlier) and loop.time() < deadline:
-            await asyncio.sleep(POLL_INTERVAL)
+        await self._wait_for([each for each in self.connections if each.is_busy], deadline)
         for site in self.sites:
             listeners = getattr(site._server, "sockets", None) or ()
             if not all(_drop_new_handshakes(each.fileno()) for each in listeners):
@@ -481,9 +491,12 @@ class ConnectionRunner(web.AppRunner):
             await site.stop()
         self.close_idle()
         await asyncio.sleep(POLL_INTERVAL)
-        while self.requests_in_flight and loop.time() < deadline:
-            await asyncio.sleep(POLL_INTERVAL)
+        await self._wait_for(self.connections, deadline)
         return self.requests_in_flight == 0
+
+    async def _wait_for(self, connections: list[Connection], deadline: float) -> None:
+        while any(each.is_busy for each in connections) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(POLL_INTERVAL)
 
     async def _wait_for_quiet(self, deadline: float) -> None:
         loop = asyncio.get_running_loop()

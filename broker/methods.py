@@ -78,7 +78,8 @@ class Methods:
         new = []
         for index, each in enumerate(messages):
             try:
-                new.append(new_message(each.body, each.headers, each.sender, each.delay, each.ttl))
+                where = f"messages[{index}].headers"
+                new.append(new_message(each.body, each.headers, each.sender, each.delay, each.ttl, where))
             except InvalidParams as error:
                 raise error.with_data(index=index) from None
         try:
@@ -297,10 +298,15 @@ class Methods:
 
 
 def new_message(
-    body: Raw, headers: dict[str, str], sender: str | None, delay: float | None, ttl: float | None
+    body: Raw,
+    headers: dict[str, str],
+    sender: str | None,
+    delay: float | None,
+    ttl: float | None,
+    where: str = "headers",
 ) -> NewMessage:
     """Return what is stored for a message as a client sent it. Raises InvalidParams."""
-    return NewMessage(json_text(body), header_text(headers), sender, delay, ttl)
+    return NewMessage(json_text(body), header_text(headers, where), sender, delay, ttl)
 
 
 def json_text(body: Raw) -> str:
@@ -308,15 +314,15 @@ def json_text(body: Raw) -> str:
     return bytes(body).decode()
 
 
-def header_text(headers: dict[str, str]) -> str | None:
-    """Return headers as JSON, None where there are none. Raises InvalidParams over 4 KiB."""
+def header_text(headers: dict[str, str], where: str = "headers") -> str | None:
+    """Return headers as JSON, None where there are none. Raises InvalidParams, naming `where`, over 4 KiB."""
     if not headers:
         return None
     size = sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
     if size > MAX_HEADER_BYTES:
         raise InvalidParams(
-            reason=f"`headers` may have {MAX_HEADER_BYTES} bytes in all, and {size} were given.",
-            param="headers",
+            reason=f"`{where}` may have {MAX_HEADER_BYTES} bytes in all, and {size} were given.",
+            param=where,
             limit=MAX_HEADER_BYTES,
             given=size,
         )

@@ -30,7 +30,7 @@ from jsonrpcserver.sentinels import NOID
 from msgspec import Raw
 from oslash.either import Left
 
-from broker.connections import ConnectionLimits, client_has_hung_up, read_body
+from broker.connections import ConnectionLimits, client_has_hung_up, read_body, send
 from broker.errors import (
     BrokerError,
     InternalError,
@@ -49,8 +49,8 @@ MAX_NESTING = 128
 
 _NULL = Raw(b"null")
 _NOTHING = Raw(b"")
-_STRING = re.compile(rb'"[^"]*"')
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NESTING_CHUNK = 65_536
+_NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 # A batch of more scalars, empty arrays or objects than it may hold is refused before it is taken apart.
 _TOO_MANY_SMALL = re.compile(rb'\s*+\[(?:\s*+(?:[^\s\[\]{}",]++|\{\s*+\}|\[\s*+\]|"[^"\\]*+")\s*+,){%d}' % MAX_BATCH)
@@ -133,8 +133,7 @@ class Rpc:
             response = web.Response(body=answer, content_type="application/json")
             if undo:
                 # Written here, so that what was taken for a client that is gone is undone.
-                await response.prepare(request)
-                await response.write_eof()
+                await send(request, response)
         except asyncio.CancelledError:
             _undo(undo)
             raise
@@ -268,14 +267,20 @@ def _too_deep() -> InvalidRequest:
 
 
 def nesting(text: bytes) -> int:
-    """Return how deep valid JSON is nested: 0 for a scalar."""
-    # Without escaped quotes a string ends at the next one: text full of escapes costs no more than any other.
-    without_escapes = text.replace(rb"\\", b"").replace(rb"\"", b"")
-    brackets = _STRING.sub(b"", without_escapes).translate(None, _NOT_BRACKETS)
-    if len(brackets) <= 2:
-        return len(brackets) // 2
-    steps = memoryview(brackets.translate(_STEPS)).cast("b")
-    return max(accumulate(steps))
+    """Return how deep valid JSON is nested: 0 for a scalar.
+
+    Nothing here grows with the number of strings or escapes, because a request may have millions of them.
+    """
+    # Without escaped quotes a string ends at the next one; pairs of quotes do not change what lies inside.
+    marks = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_MARKS).replace(b'""', b"")
+    depth = deepest = in_string = 0
+    for start in range(0, len(marks), _NESTING_CHUNK):
+        parts = marks[start : start + _NESTING_CHUNK].split(b'"')
+        brackets = b"".join(parts[in_string::2])
+        levels = list(accumulate(memoryview(brackets.translate(_STEPS)).cast("b"), initial=depth))
+        depth, deepest = levels[-1], max(deepest, *levels)
+        in_string ^= (len(parts) - 1) & 1
+    return deepest
 
 
 def _envelope(element: Raw) -> _Envelope:

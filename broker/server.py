@@ -16,12 +16,12 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from aiohttp import web
 
-from broker.connections import ConnectionLimits, ConnectionRunner
+from broker.connections import ConnectionLimits, ConnectionRunner, read_body
 from broker.embedded import EmbeddedPostgres
 from broker.errors import BrokerError, InvalidRequest, Unavailable, error_answer
 from broker.installation import EmbeddedError
@@ -40,14 +40,27 @@ from broker.waiting import WaitingRoom
 
 log = logging.getLogger("broker.server")
 
-# Of the ten seconds within which the server must stop, what is under way gets this much.
+# Of the ten seconds within which the server must stop, what is under way gets this much; then each step of
+# the stop gets so little that a database which does not answer cannot use up the rest.
 DRAIN_SECONDS = 5.0
-STOP_SERVICES_SECONDS = 1.0
+CANCEL_SECONDS = 0.25
+UNDO_SECONDS = 1.0
+STOP_SERVICES_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 # An embedded PostgreSQL that dies this often without a minute of life between is not started again.
 MAX_CRASHES = 5
 
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+# What PostgreSQL says where waiting does not help. Errors of connecting carry no SQLSTATE; in another language
+# than English they are waited for like any other.
+REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no pg_hba.conf entry")
+
+
+class Stopped(Exception):
+    """The server was told to stop before it had started."""
 
 
 class StartError(Exception):
@@ -61,17 +74,30 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     check_binding(settings)
-    async with contextlib.AsyncExitStack() as stack:
-        conninfo = settings.database_url
-        if conninfo is None:
-            conninfo = await stack.enter_async_context(embedded_postgres(settings, stop))
-        await prepare(conninfo, settings, stop)
-        if stop.is_set():
-            return
-        server = await stack.enter_async_context(Server(conninfo, settings))
-        print(f"listening on {server.url}", flush=True)  # noqa: T201
-        await stop.wait()
-        log.info("stopping")
+    with contextlib.suppress(Stopped):
+        async with contextlib.AsyncExitStack() as stack:
+            conninfo = settings.database_url
+            if conninfo is None:
+                conninfo = await stack.enter_async_context(embedded_postgres(settings, stop))
+            await prepare(conninfo, settings, stop)
+            server = await unless_stopped(stop, stack.enter_async_context(Server(conninfo, settings)))
+            print(f"listening on {server.url}", flush=True)  # noqa: T201
+            await stop.wait()
+            log.info("stopping")
+
+
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+    """Return what the work returns. Raises Stopped, with the work cancelled, where the server is to stop before."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Stopped
+    finally:
+        stopping.cancel()
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
 
 
 def check_binding(settings: Settings) -> None:
@@ -101,20 +127,22 @@ async def embedded_postgres(settings: Settings, stop: asyncio.Event) -> AsyncIte
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]
     postgres = EmbeddedPostgres(settings.data_dir)
-    conninfo = await postgres.start()
+    conninfo = await unless_stopped(stop, postgres.start())
     log.info("embedded PostgreSQL runs data_dir=%s", settings.data_dir)
     keeper = asyncio.create_task(keep_running(postgres, stop))
     try:
         yield conninfo
     finally:
         keeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await keeper
-        await postgres.stop()
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeper
+        finally:
+            await postgres.stop()
 
 
 async def keep_running(postgres: EmbeddedPostgres, stop: asyncio.Event) -> None:
-    """Start PostgreSQL again whenever it has ended; give up, and stop the broker, where it does not stay."""
+    """Start PostgreSQL again whenever it has ended. Stops the broker and raises EmbeddedError where it cannot."""
     crashes = 0
     while True:
         began_at = time.monotonic()
@@ -123,34 +151,31 @@ async def keep_running(postgres: EmbeddedPostgres, stop: asyncio.Event) -> None:
         log.error("embedded PostgreSQL has ended and is started again exit_code=%s", code)
         try:
             if crashes > MAX_CRASHES:
-                raise EmbeddedError("it does not stay up")
+                raise EmbeddedError("The embedded PostgreSQL ends again and again: its log may say why.")
             await postgres.stop()
             await postgres.start()
-        except EmbeddedError as error:
-            log.error("embedded PostgreSQL cannot be started reason=%s", error)
+        except EmbeddedError:
             stop.set()
-            return
+            raise
 
 
 async def prepare(conninfo: str, settings: Settings, stop: asyncio.Event) -> None:
-    """Wait for the database and migrate it. Raises StartError where it cannot be reached in time."""
+    """Wait for the database and migrate it. Raises Stopped, and StartError where it cannot be reached in time."""
     give_up_at = time.monotonic() + settings.startup_timeout
-    while not stop.is_set():
+    while True:
         try:
-            for name in await migrate(conninfo):
+            for name in await unless_stopped(stop, migrate(conninfo)):
                 log.info("migrated name=%s", name)
             return
         except psycopg.OperationalError as error:
             reason = str(error).splitlines()[0]
-            if time.monotonic() >= give_up_at or (error.sqlstate or "").startswith(("28", "3D")):
+            if time.monotonic() >= give_up_at or any(words in reason for words in REFUSALS):
                 raise StartError(
                     f"The database cannot be used: {reason}. Check --database-url (DATABASE_URL), or leave it out"
                     " for an embedded PostgreSQL."
                 ) from error
             log.warning("waiting for the database reason=%s", reason)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RETRY_SECONDS):
-                    await stop.wait()
+            await unless_stopped(stop, asyncio.sleep(RETRY_SECONDS))
         except psycopg.Error as error:
             raise StartError(
                 f"The database cannot be migrated: {error}. The role needs the right to create a schema in it."
@@ -186,7 +211,7 @@ class Server:
             is_draining=lambda: self.runner.is_draining,
             read_gauges=self._read_gauges,
         )
-        self.runner = ConnectionRunner(self._application(), limits=self.limits)
+        self.runner = ConnectionRunner(self._application(), limits=self.limits, shutdown_timeout=CANCEL_SECONDS)
         self._services: list[asyncio.Task[None]] = []
 
     def _application(self) -> web.Application:
@@ -205,35 +230,41 @@ class Server:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def __aenter__(self) -> Server:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def _start(self) -> None:
         await self.database.open(self.settings.startup_timeout)
         await self._say_how_durable()
-        services: list[Coroutine[Any, Any, None]] = [
-            self.notifications.run(),
-            self.waiting.run(),
-            self.sweeper.run(),
+        self._services = [
+            asyncio.create_task(keep_up(service))
+            for service in (self.notifications.run, self.waiting.run, self.sweeper.run)
         ]
-        self._services = [asyncio.create_task(service) for service in services]
         await self.runner.setup()
         try:
             await web.TCPSite(self.runner, self.settings.host, self.settings.port, backlog=1024).start()
         except OSError as error:
-            await self._stop()
             raise StartError(
                 f"Cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror}. Choose another --port;"
                 " 0 picks a free one."
             ) from error
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         self.runner.start_draining()
-        closing = asyncio.create_task(self.waiting.close())
+        self.waiting.close()
         if not await self.runner.drain(DRAIN_SECONDS):
             log.warning("stopped before every request was answered")
-        await closing
         await self._stop()
 
     async def _stop(self) -> None:
+        # Handlers that are still at work are cancelled, and so give back what they leased; then this is waited
+        # for, while the services can still tell the other brokers of it.
         await self.runner.cleanup()
+        await self.waiting.settle(UNDO_SECONDS)
         for service in self._services:
             service.cancel()
         if self._services:
@@ -267,8 +298,10 @@ class Server:
 
     async def _rpc(self, request: web.Request) -> web.StreamResponse:
         if self.runner.is_draining:
+            # Many clients send head and body apart, and take an answer that comes between for a broken connection.
+            await read_body(request, self.limits)
             return unavailable(Unavailable(reason="is fine, but this broker is being stopped"))
-        if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+        if any(each.strip().lower() != "identity" for each in request.headers.getall("Content-Encoding", [])):
             return refuse(415, InvalidRequest(reason="bodies are not compressed; leave Content-Encoding away"))
         if not is_json(request.headers.get("Content-Type", "")):
             return refuse(415, InvalidRequest(reason="the Content-Type must be application/json"))
@@ -280,6 +313,16 @@ class Server:
             return True
         name = host_name(host)
         return is_loopback(name) or name in {allowed.lower() for allowed in self.settings.allowed_host}
+
+
+async def keep_up(service: Callable[[], Awaitable[None]]) -> None:
+    """Run a service until cancelled, and again where it fails in a way that it does not know itself."""
+    while True:
+        try:
+            await service()
+        except Exception:
+            log.exception("service failed and is started again service=%s", service.__qualname__)
+        await asyncio.sleep(RETRY_SECONDS)
 
 
 def host_name(host: str) -> str:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+
 
 def default_data_dir() -> Path:
     """Return where an embedded PostgreSQL keeps its data when nobody says otherwise."""
@@ -32,6 +35,15 @@ def parse_size(text: str) -> int:
 def parse_list(text: str) -> tuple[str, ...]:
     """Read a list of values separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_conninfo(text: str) -> str:
+    """Read a libpq URL or connection string: only its form is checked."""
+    try:
+        conninfo_to_dict(text)
+    except ProgrammingError:
+        raise ValueError("it is neither a URL nor a connection string") from None
+    return text
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ class Settings:
         None,
         flag="--database-url",
         variable="DATABASE_URL",
+        parse=parse_conninfo,
         shown_default="none: an embedded PostgreSQL",
         help="The PostgreSQL to use (15 to 18), as a libpq URL or connection string. Several hosts"
         " with target_session_attrs=read-write find the new primary after a failover.",

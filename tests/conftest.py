@@ -12,9 +12,11 @@ import itertools
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import aiohttp
@@ -184,3 +186,42 @@ async def broker(start_broker: StartBroker) -> Broker:
 def broker_url(broker: Broker) -> str:
     """The URL of a broker on an empty database."""
     return broker.url
+
+
+async def _serve_until(stop: asyncio.Event, conninfo: str, started: Callable[[Server], None]) -> None:
+    async with Server(conninfo, Settings(host="127.0.0.1", port=0)) as server:
+        started(server)
+        await stop.wait()
+
+
+@contextmanager
+def server_in_a_thread(test_server: str) -> Iterator[Server]:
+    """Yield a broker that runs in a thread of its own, on a database of its own."""
+    with new_database(test_server, TEMPLATE) as conninfo:
+        loop = asyncio.new_event_loop()
+        stop = asyncio.Event()
+        started: Future[Server] = Future()
+        serving = _serve_until(stop, conninfo, started.set_result)
+        thread = Thread(target=loop.run_until_complete, args=(serving,), daemon=True)
+        thread.start()
+        yield started.result(timeout=60)
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(timeout=60)
+        loop.close()
+
+
+@pytest.fixture(scope="session")
+def standing_server(test_server: str) -> Iterator[Server]:
+    """A broker for the whole session.
+
+    For tests by the hundred that send what is refused: to start and drain a broker takes half a second.
+    """
+    with server_in_a_thread(test_server) as server:
+        yield server
+
+
+@pytest.fixture
+async def standing_broker(standing_server: Server) -> AsyncIterator[Broker]:
+    """The broker that all tests of the session share: whoever uses it leaves it as it was."""
+    async with aiohttp.ClientSession() as http:
+        yield Broker(standing_server.url, standing_server, http)

@@ -48,8 +48,8 @@ async def post(broker: Broker, body: bytes, *fields: str, **options: Any) -> Ans
         b"",
     ],
 )
-async def test_any_json_rpc_answer_is_200_errors_too(broker: Broker, body: bytes) -> None:
-    answer = await post(broker, body)
+async def test_any_json_rpc_answer_is_200_errors_too(standing_broker: Broker, body: bytes) -> None:
+    answer = await post(standing_broker, body)
     assert answer.status == 200
     assert answer.headers["content-type"].split(";")[0] == "application/json"
     assert json.loads(answer.body)
@@ -57,14 +57,14 @@ async def test_any_json_rpc_answer_is_200_errors_too(broker: Broker, body: bytes
 
 
 @pytest.mark.parametrize("body", [NOTIFICATION, b"[" + NOTIFICATION + b"," + NOTIFICATION + b"]"])
-async def test_nothing_but_notifications_is_204_and_empty(broker: Broker, body: bytes) -> None:
-    answer = await post(broker, body)
+async def test_nothing_but_notifications_is_204_and_empty(standing_broker: Broker, body: bytes) -> None:
+    answer = await post(standing_broker, body)
     assert (answer.status, answer.body) == (204, b"")
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
-async def test_another_method_than_post_is_405_and_told_which_is_allowed(broker: Broker, method: str) -> None:
-    answer = await send(broker.url, request(method, "/rpc", LIVES))
+async def test_another_method_than_post_is_405_and_told_which_is_allowed(standing_broker: Broker, method: str) -> None:
+    answer = await send(standing_broker.url, request(method, "/rpc", LIVES))
     assert answer.status == 405
     assert answer.headers["allow"] == "POST"
     if method == "HEAD":
@@ -75,8 +75,8 @@ async def test_another_method_than_post_is_405_and_told_which_is_allowed(broker:
 
 @pytest.mark.parametrize("path", PAGES)
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
-async def test_a_page_is_405_for_all_but_get_and_head(broker: Broker, path: str, method: str) -> None:
-    answer = await send(broker.url, request(method, path, b"{}"))
+async def test_a_page_is_405_for_all_but_get_and_head(standing_broker: Broker, path: str, method: str) -> None:
+    answer = await send(standing_broker.url, request(method, path, b"{}"))
     assert answer.status == 405
     assert {name.strip() for name in answer.headers["allow"].split(",")} == {"GET", "HEAD"}
     assert answer.error["code"] == -32600
@@ -84,8 +84,8 @@ async def test_a_page_is_405_for_all_but_get_and_head(broker: Broker, path: str,
 
 @pytest.mark.parametrize("path", ["/nothing", "/rpc/", "/rpc/x", "/RPC", "/%2e%2e/etc/passwd", "//rpc", "/livez/"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_an_address_where_nothing_is_is_404(broker: Broker, path: str, method: str) -> None:
-    answer = await send(broker.url, request(method, path, LIVES))
+async def test_an_address_where_nothing_is_is_404(standing_broker: Broker, path: str, method: str) -> None:
+    answer = await send(standing_broker.url, request(method, path, LIVES))
     assert answer.status == 404
     assert answer.error["code"] == -32600
     assert "POST /rpc" in answer.error["message"]
@@ -102,8 +102,8 @@ async def test_an_address_where_nothing_is_is_404(broker: Broker, path: str, met
         "application/json;",
     ],
 )
-async def test_json_in_utf8_is_taken_however_it_is_said(broker: Broker, content_type: str) -> None:
-    assert (await post(broker, LIVES, content_type=content_type)).status == 200
+async def test_json_in_utf8_is_taken_however_it_is_said(standing_broker: Broker, content_type: str) -> None:
+    assert (await post(standing_broker, LIVES, content_type=content_type)).status == 200
 
 
 @pytest.mark.parametrize(
@@ -124,27 +124,31 @@ async def test_json_in_utf8_is_taken_however_it_is_said(broker: Broker, content_
         "application/json; charset=utf-8; charset=latin-1",
     ],
 )
-async def test_another_content_type_or_charset_is_415(broker: Broker, content_type: str | None) -> None:
-    answer = await post(broker, LIVES, content_type=content_type)
+async def test_another_content_type_or_charset_is_415(standing_broker: Broker, content_type: str | None) -> None:
+    answer = await post(standing_broker, LIVES, content_type=content_type)
     assert answer.status == 415
     assert (answer.error["code"], answer.error["data"]["type"]) == (-32600, "invalid_request")
     assert "application/json" in answer.error["message"]
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "x", "identity, gzip", "gzip, identity"])
-async def test_an_encoded_body_is_415(broker: Broker, encoding: str) -> None:
-    answer = await post(broker, gzip.compress(LIVES), f"Content-Encoding: {encoding}")
+async def test_an_encoded_body_is_415(standing_broker: Broker, encoding: str) -> None:
+    answer = await post(standing_broker, gzip.compress(LIVES), f"Content-Encoding: {encoding}")
     assert answer.status == 415
     assert "Content-Encoding" in answer.error["message"]
 
 
-async def test_an_encoding_in_a_second_header_is_415_too(broker: Broker) -> None:
-    assert (await post(broker, LIVES, "Content-Encoding: identity", "Content-Encoding: gzip")).status == 415
+async def test_an_encoding_in_a_second_header_is_415_too(standing_broker: Broker) -> None:
+    assert (await post(standing_broker, LIVES, "Content-Encoding: identity", "Content-Encoding: gzip")).status == 415
+
+
+async def test_a_second_content_type_does_not_hide_behind_json(standing_broker: Broker) -> None:
+    assert (await post(standing_broker, LIVES, "Content-Type: text/plain")).status in (400, 415)
 
 
 @pytest.mark.parametrize("encoding", ["identity", "Identity"])
-async def test_the_identity_encoding_is_none(broker: Broker, encoding: str) -> None:
-    assert (await post(broker, LIVES, f"Content-Encoding: {encoding}")).status == 200
+async def test_the_identity_encoding_is_none(standing_broker: Broker, encoding: str) -> None:
+    assert (await post(standing_broker, LIVES, f"Content-Encoding: {encoding}")).status == 200
 
 
 def chunked(body: bytes, size: int) -> bytes:
@@ -152,22 +156,22 @@ def chunked(body: bytes, size: int) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
 
 
-@pytest.mark.parametrize("size", [1, 7, 1000, 100_000])
-async def test_a_body_may_be_as_long_as_the_limit_and_not_a_byte_longer(start_broker: StartBroker, size: int) -> None:
+async def test_a_body_may_be_as_long_as_the_limit_and_not_a_byte_longer(start_broker: StartBroker) -> None:
     broker: Broker = await start_broker(max_request_bytes=2000)
     at_limit, over = LIVES.ljust(2000), LIVES.ljust(2001)
     head = request("POST", "/rpc", None, "Transfer-Encoding: chunked")
-    for good in (request(body=at_limit), head + chunked(at_limit, size)):
+    sizes = (1, 7, 1000, 100_000)
+    for good in (request(body=at_limit), *(head + chunked(at_limit, size) for size in sizes)):
         assert (await send(broker.url, good)).status == 200
-    for bad in (request(body=over), head + chunked(over, size)):
+    for bad in (request(body=over), *(head + chunked(over, size) for size in sizes)):
         answer = await send(broker.url, bad)
         assert answer.status == 413
         assert (answer.error["code"], answer.error["data"]["outcome"]) == (-32600, "none")
 
 
-async def test_8_mib_are_taken_and_a_byte_more_is_413_by_its_announcement_alone(broker: Broker) -> None:
-    assert (await post(broker, LIVES.ljust(8 * 2**20))).status == 200
-    answer = await send(broker.url, request("POST", "/rpc", None, f"Content-Length: {8 * 2**20 + 1}"))
+async def test_8_mib_are_taken_and_a_byte_more_is_413_by_its_announcement_alone(standing_broker: Broker) -> None:
+    assert (await post(standing_broker, LIVES.ljust(8 * 2**20))).status == 200
+    answer = await send(standing_broker.url, request("POST", "/rpc", None, f"Content-Length: {8 * 2**20 + 1}"))
     assert answer.status == 413
     assert answer.error["code"] == -32600
 
@@ -180,26 +184,26 @@ FOREIGN_NAMES = [
 
 
 @pytest.mark.parametrize("host", OWN_NAMES)
-async def test_the_names_of_this_machine_may_stand_in_host(broker: Broker, host: str) -> None:
-    assert (await post(broker, LIVES, host=host)).status == 200
+async def test_the_names_of_this_machine_may_stand_in_host(standing_broker: Broker, host: str) -> None:
+    assert (await post(standing_broker, LIVES, host=host)).status == 200
 
 
 @pytest.mark.parametrize("host", FOREIGN_NAMES)
-async def test_a_foreign_name_in_host_is_421(broker: Broker, host: str) -> None:
-    answer = await post(broker, LIVES, host=host)
+async def test_a_foreign_name_in_host_is_421(standing_broker: Broker, host: str) -> None:
+    answer = await post(standing_broker, LIVES, host=host)
     assert answer.status == 421
     assert answer.error["code"] == -32600
     assert "--allowed-host" in answer.error["message"]
 
 
-async def test_a_foreign_name_is_421_at_every_address(broker: Broker) -> None:
+async def test_a_foreign_name_is_421_at_every_address(standing_broker: Broker) -> None:
     for path in [*PAGES, "/nothing"]:
-        assert (await send(broker.url, request("GET", path, host="evil.example"))).status == 421, path
+        assert (await send(standing_broker.url, request("GET", path, host="evil.example"))).status == 421, path
 
 
-async def test_a_second_host_does_not_hide_a_foreign_one(broker: Broker) -> None:
+async def test_a_second_host_does_not_hide_a_foreign_one(standing_broker: Broker) -> None:
     for hosts in (("localhost", "evil.example"), ("evil.example", "localhost")):
-        answer = await send(broker.url, request("GET", "/livez", b"", f"Host: {hosts[1]}", host=hosts[0]))
+        answer = await send(standing_broker.url, request("GET", "/livez", b"", f"Host: {hosts[1]}", host=hosts[0]))
         assert answer.status in (400, 421)
 
 
@@ -263,22 +267,22 @@ async def get(broker: Broker, path: str, method: str = "GET") -> Answer:
 
 
 @pytest.mark.parametrize("path", PAGES)
-async def test_a_page_is_served_to_get_and_its_head_to_head(broker: Broker, path: str) -> None:
-    page = await get(broker, path)
-    head = await get(broker, path, "HEAD")
+async def test_a_page_is_served_to_get_and_its_head_to_head(standing_broker: Broker, path: str) -> None:
+    page = await get(standing_broker, path)
+    head = await get(standing_broker, path, "HEAD")
     assert (page.status, head.status) == (200, 200)
     assert page.body
     assert head.body == b""
     assert head.headers["content-type"] == page.headers["content-type"]
 
 
-async def test_livez_says_that_the_process_lives(broker: Broker) -> None:
-    assert (await get(broker, "/livez")).json["status"] == "alive"
+async def test_livez_says_that_the_process_lives(standing_broker: Broker) -> None:
+    assert (await get(standing_broker, "/livez")).json["status"] == "alive"
 
 
 @pytest.mark.parametrize("path", ["/readyz", "/healthz"])
-async def test_readiness_says_what_it_rests_on(broker: Broker, path: str) -> None:
-    ready = (await get(broker, path)).json
+async def test_readiness_says_what_it_rests_on(standing_broker: Broker, path: str) -> None:
+    ready = (await get(standing_broker, path)).json
     assert (ready["status"], ready["database"], ready["draining"]) == ("ready", "ok", False)
     assert ready["migrations"]
     assert ready["durability"] in ("replicated", "durable", "at_risk")
@@ -428,9 +432,9 @@ async def assert_shown_and_delivered(broker: Broker, expected: Sequence[bytes]) 
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:25]))
-async def test_a_body_comes_back_as_the_very_bytes_that_were_sent(broker: Broker, body: bytes) -> None:
-    await ask(broker, "enqueue", b'{"sender" : "me" , "body" :\n\t ' + body + b' \r\n , "headers":{}}', Any)
-    await assert_shown_and_delivered(broker, [body])
+async def test_a_body_comes_back_as_the_very_bytes_that_were_sent(standing_broker: Broker, body: bytes) -> None:
+    await ask(standing_broker, "enqueue", b'{"sender" : "me" , "body" :\n\t ' + body + b' \r\n , "headers":{}}', Any)
+    await assert_shown_and_delivered(standing_broker, [body])
 
 
 async def test_the_bodies_of_an_enqueue_batch_come_back_as_the_very_bytes(broker: Broker) -> None:

@@ -42,15 +42,23 @@ CLOSE_SECONDS = 0.5
 RECONNECT_TIMEOUT_SECONDS = 3
 ATTEMPTS_AFTER_DEADLOCK = 3
 
-# Plans must not depend on what the table looked like when a statement was first prepared: one made on an
-# empty table stays in use when there are millions of rows. Parallel workers and JIT cost more than they
-# give for a few rows.
+# Plans must not depend on what the table looked like when a statement was first prepared, or when it was last
+# analysed: one made for an empty table stays in use when there are millions of rows. Every statement of the
+# broker has an index to go by, and reading more of the table than that is never right. Parallel workers and
+# JIT cost more than they give for a few rows.
+# The role or the database may have other defaults for its sessions: the statements rely on READ COMMITTED, and
+# what they send and read is UTF-8 and ISO dates.
 SESSION_SETTINGS = {
     "application_name": "wonderq",
     "plan_cache_mode": "force_custom_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
     "jit": "off",
     "max_parallel_workers_per_gather": "0",
     "idle_in_transaction_session_timeout": "10s",
+    "default_transaction_isolation": "read committed",
+    "client_encoding": "UTF8",
+    "DateStyle": "ISO",
     "TimeZone": "UTC",
 }
 

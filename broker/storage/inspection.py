@@ -43,7 +43,7 @@ _IS_ALIVE = """(
     OR (m.lane = 1 AND m.visible_at > statement_timestamp())
 )"""
 
-# One scan of each part of each lane, each at most one entry longer than what is counted exactly.
+# One walk through each part of each lane, each at most one entry longer than what is counted exactly.
 _COUNT = (
     """
 SELECT q.name, ready.counted, delayed.counted, leased.counted, oldest.age
@@ -53,7 +53,8 @@ CROSS JOIN LATERAL (
     FROM (
         SELECT
         FROM broker.messages m
-        WHERE m.queue_id = q.id AND m.lane IN (0, 1) AND m.visible_at <= statement_timestamp()
+        WHERE (m.queue_id * 2::bigint + m.lane) = ANY (ARRAY[q.id * 2::bigint, q.id * 2::bigint + 1]) AND m.lane >= 0
+            AND m.visible_at <= statement_timestamp()
             AND """
     + _IS_ALIVE
     + """
@@ -65,7 +66,8 @@ CROSS JOIN LATERAL (
     FROM (
         SELECT
         FROM broker.messages m
-        WHERE m.queue_id = q.id AND m.lane = 0 AND m.visible_at > statement_timestamp()
+        WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint AND m.lane >= 0
+            AND m.visible_at > statement_timestamp()
             AND """
     + _IS_ALIVE
     + """
@@ -77,7 +79,8 @@ CROSS JOIN LATERAL (
     FROM (
         SELECT
         FROM broker.messages m
-        WHERE m.queue_id = q.id AND m.lane = 1 AND m.visible_at > statement_timestamp()
+        WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint + 1 AND m.lane >= 0
+            AND m.visible_at > statement_timestamp()
         LIMIT %(limit)s
     ) AS rows
 ) AS leased
@@ -86,7 +89,8 @@ CROSS JOIN LATERAL (
         (
             SELECT m.visible_at
             FROM broker.messages m
-            WHERE m.queue_id = q.id AND m.lane = 0 AND m.visible_at <= statement_timestamp()
+            WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint AND m.lane >= 0
+                AND m.visible_at <= statement_timestamp()
                 AND """
     + _IS_ALIVE
     + """
@@ -96,7 +100,8 @@ CROSS JOIN LATERAL (
         (
             SELECT m.visible_at
             FROM broker.messages m
-            WHERE m.queue_id = q.id AND m.lane = 1 AND m.visible_at <= statement_timestamp()
+            WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint + 1 AND m.lane >= 0
+                AND m.visible_at <= statement_timestamp()
                 AND """
     + _IS_ALIVE
     + """
@@ -173,22 +178,66 @@ async def _planned_rows(connection: Connection, explain: str, params: dict[str, 
     return int(plan[0]["Plan"]["Plan Rows"])
 
 
-# All queues: one scan of the table, given up where it is too long to be exact.
+# All queues: for each status a walk through the lanes of one queue after the other, given up where it is too
+# long to be exact.
 _COUNT_ALL = (
     """
 SELECT
-    count(*) FILTER (WHERE visible_at <= statement_timestamp()),
-    count(*) FILTER (WHERE visible_at > statement_timestamp() AND lane = 0),
-    count(*) FILTER (WHERE visible_at > statement_timestamp() AND lane = 1)
-FROM (
-    SELECT m.visible_at, m.lane
-    FROM broker.messages m
-    JOIN broker.queues q ON q.id = m.queue_id AND q.deleted_at IS NULL
-    WHERE """
+    (
+        SELECT count(*)
+        FROM (
+            SELECT
+            FROM broker.queues q
+            CROSS JOIN LATERAL (
+                SELECT
+                FROM broker.messages m
+                WHERE (m.queue_id * 2::bigint + m.lane) = ANY (ARRAY[q.id * 2::bigint, q.id * 2::bigint + 1])
+                    AND m.lane >= 0
+                    AND m.visible_at <= statement_timestamp()
+                    AND """
     + _IS_ALIVE
     + """
-    LIMIT %(limit)s
-) AS counted
+                LIMIT %(limit)s
+            ) AS of_queue
+            WHERE q.deleted_at IS NULL
+            LIMIT %(limit)s
+        ) AS rows
+    ) AS ready,
+    (
+        SELECT count(*)
+        FROM (
+            SELECT
+            FROM broker.queues q
+            CROSS JOIN LATERAL (
+                SELECT
+                FROM broker.messages m
+                WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint AND m.lane >= 0
+                    AND m.visible_at > statement_timestamp()
+                    AND """
+    + _IS_ALIVE
+    + """
+                LIMIT %(limit)s
+            ) AS of_queue
+            WHERE q.deleted_at IS NULL
+            LIMIT %(limit)s
+        ) AS rows
+    ) AS delayed,
+    (
+        SELECT count(*)
+        FROM (
+            SELECT
+            FROM broker.queues q
+            CROSS JOIN LATERAL (
+                SELECT
+                FROM broker.messages m
+                WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint + 1 AND m.lane >= 0
+                    AND m.visible_at > statement_timestamp()
+                LIMIT %(limit)s
+            ) AS of_queue
+            WHERE q.deleted_at IS NULL
+            LIMIT %(limit)s
+        ) AS rows
+    ) AS leased
 """
 )
 
@@ -212,15 +261,15 @@ WHERE m.visible_at > statement_timestamp() AND m.lane = 1
 
 
 async def count_all(connection: Connection) -> Counts:
-    """Return the counts of all queues together, exact up to 10,000 messages in all."""
+    """Return the counts of all queues together; a figure is exact up to 10,000 and beyond it an estimate."""
     cursor = await connection.execute(_COUNT_ALL, {"limit": EXACT_UP_TO + 1})
     row = await cursor.fetchone()
-    assert row is not None, "an aggregate returns one row"
+    assert row is not None, "a select of three figures returns one row"
     figures = list(row)
-    exact = sum(figures) <= EXACT_UP_TO
-    if not exact:
-        estimates = [await _planned_rows(connection, explain, {}) for explain in _ESTIMATES_ALL]
-        figures = [max(pair) for pair in zip(figures, estimates, strict=True)]
+    exact = max(figures) <= EXACT_UP_TO
+    for place, explain in enumerate(_ESTIMATES_ALL):
+        if figures[place] > EXACT_UP_TO:
+            figures[place] = max(figures[place], await _planned_rows(connection, explain, {}))
     ready, delayed, leased = figures
     return Counts(ready, delayed, leased, total=sum(figures), exact=exact)
 
@@ -380,7 +429,7 @@ changed AS (
         headers = CASE WHEN %(changes_headers)s THEN %(headers)s::json ELSE m.headers END
     FROM locked l
     CROSS JOIN queue q
-    WHERE m.queue_id = l.queue_id AND m.id = l.id
+    WHERE m.queue_id = ANY (ARRAY[l.queue_id]) AND m.id = l.id
         AND """
     + _MAY_CHANGE
     + """
@@ -437,7 +486,7 @@ _DELETE = (
 deleted AS (
     DELETE FROM broker.messages m
     USING locked l
-    WHERE m.queue_id = l.queue_id AND m.id = l.id
+    WHERE m.queue_id = ANY (ARRAY[l.queue_id]) AND m.id = l.id
         AND """
     + _MAY_CHANGE
     + """

@@ -61,7 +61,10 @@ async def migrate(conninfo: str) -> list[str]:
 
     Raises MigrationError for a database that is too old, not UTF8, or migrated by a newer broker.
     """
-    async with await psycopg.AsyncConnection.connect(conninfo, connect_timeout=10) as connection:
+    # Whatever encoding the role or the database prefers for its sessions: these files are UTF-8.
+    async with await psycopg.AsyncConnection.connect(
+        conninfo, connect_timeout=10, client_encoding="UTF8"
+    ) as connection:
         await check_database(connection)
         await connection.execute("SET LOCAL lock_timeout = 0")
         await connection.execute("SET LOCAL statement_timeout = 0")

@@ -179,7 +179,7 @@ WITH batch AS MATERIALIZED (
 )
 DELETE FROM broker.messages m
 USING batch b
-WHERE m.queue_id = b.queue_id AND m.id = b.id
+WHERE m.queue_id = ANY (ARRAY[b.queue_id]) AND m.id = b.id
 """
 
 

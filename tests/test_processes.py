@@ -1,0 +1,627 @@
+"""Brokers as real processes: how they start, how they stop, and what is left when they or PostgreSQL are killed.
+
+The crash tests use embedded PostgreSQL servers with their durable settings, each in a data directory of its own.
+Deadlines only catch a hang; what is asserted about time is said in the test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psycopg
+import pytest
+
+from broker.embedded import EmbeddedPostgres
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+
+DEADLINE = 60.0
+STOP_SECONDS = 10.0
+SWARM = Path(__file__).with_name("swarm.py")
+
+
+class Process:
+    """One `python -m broker serve`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self._process = process
+        self._log = log
+        self.pid = process.pid
+        self.url = ""
+
+    @property
+    def log(self) -> str:
+        """What it has said on standard error."""
+        return self._log.read_text()
+
+    async def ready(self) -> Process:
+        """Wait until it listens."""
+        assert self._process.stdout is not None
+        line = (await asyncio.wait_for(self._process.stdout.readline(), DEADLINE)).decode()
+        found = re.fullmatch(r"listening on (http://\S+)\n", line)
+        assert found, f"{line!r} {self.log}"
+        self.url = found[1]
+        return self
+
+    async def says(self, words: str) -> None:
+        """Wait until it has said so."""
+        await until(lambda: words in self.log)
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    async def ended(self, seconds: float = DEADLINE) -> int:
+        """Wait until it has ended; return its exit code."""
+        return await asyncio.wait_for(self._process.wait(), seconds)
+
+    async def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        transport = self._process._transport  # type: ignore[attr-defined]
+        transport.close()
+
+
+Start = Callable[..., Awaitable[Process]]
+
+
+@pytest.fixture
+async def start(folder: Path) -> AsyncIterator[Start]:
+    """Start a broker with these flags: `await start("--data-dir", …, BROKER_PORT="0")`."""
+    started: list[Process] = []
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("BROKER_", "PG", "DATABASE_"))}
+    kept |= {name: os.environ[name] for name in ("BROKER_PG_BIN",) if name in os.environ}
+
+    async def start_one(*flags: str, port: int = 0, **variables: str) -> Process:
+        log = folder / f"broker-{len(started)}.log"
+        with log.open("wb") as stderr:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "broker", "serve", "--port", str(port), *flags),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=stderr,
+                env=kept | variables,
+            )
+        started.append(Process(process, log))
+        return started[-1]
+
+    try:
+        yield start_one
+    finally:
+        for process in started:
+            await process.kill()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the account of an embedded PostgreSQL can enter."""
+    with tempfile.TemporaryDirectory(prefix="wonderq-processes-", ignore_cleanup_errors=True) as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+        for pid in itertools.chain.from_iterable(postgres_pids(data_dir) for data_dir in Path(name).iterdir()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def data_dir(folder: Path) -> Path:
+    return folder / "data"
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        yield session
+
+
+def postgres_pids(data_dir: Path) -> list[int]:
+    """Return every process of the PostgreSQL in a data directory, the postmaster first."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(data_dir / "postgres"):
+                pids.append(int(entry.name))
+    return sorted(pids)
+
+
+async def until(condition: Callable[[], Any], seconds: float = DEADLINE) -> None:
+    """Wait for what no event announces."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def answer(http: aiohttp.ClientSession, url: str, method: str, /, **params: Any) -> dict[str, Any]:
+    """Call a method; return the whole answer, which must come with HTTP 200."""
+    request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+    async with http.post(f"{url}/rpc", json=request, timeout=aiohttp.ClientTimeout(total=DEADLINE)) as response:
+        assert response.status == 200, await response.text()
+        answered: dict[str, Any] = await response.json()
+        return answered
+
+
+async def call(http: aiohttp.ClientSession, url: str, method: str, /, **params: Any) -> Any:
+    """Call a method; return its result."""
+    answered = await answer(http, url, method, **params)
+    assert "result" in answered, answered
+    return answered["result"]
+
+
+async def status_of(http: aiohttp.ClientSession, url: str) -> tuple[int, dict[str, Any]]:
+    async with http.get(url) as response:
+        return response.status, await response.json()
+
+
+async def drain(http: aiohttp.ClientSession, url: str) -> list[dict[str, Any]]:
+    """Take out all that lies in the default queue, also what is leased."""
+    messages: list[dict[str, Any]] = []
+    after = None
+    while True:
+        page = await call(http, url, "list_messages", queue="default", limit=1000, after=after)
+        messages += page["messages"]
+        if (after := page["next"]) is None:
+            return messages
+
+
+class Ledger:
+    """What producers were told of each message that they sent, by its body."""
+
+    def __init__(self) -> None:
+        self.bodies = itertools.count()
+        self.acknowledged: dict[int, str] = {}
+        self.refused: set[int] = set()
+        self.unknown: set[int] = set()
+        self.slowest = 0.0
+
+    async def produce(self, url: str, stop: asyncio.Event) -> None:
+        """Send one message after the other over one connection; note every outcome."""
+        async with aiohttp.ClientSession() as http:
+            while not stop.is_set():
+                body = next(self.bodies)
+                began_at = time.monotonic()
+                try:
+                    answered = await answer(http, url, "enqueue", body=body)
+                except aiohttp.ClientConnectorError:
+                    self.refused.add(body)
+                    return
+                except aiohttp.ClientError:
+                    self.unknown.add(body)
+                    return
+                finally:
+                    self.slowest = max(self.slowest, time.monotonic() - began_at)
+                if "result" in answered:
+                    self.acknowledged[body] = answered["result"]["message_id"]
+                    continue
+                error = answered["error"]
+                assert (error["code"], error["data"]["type"]) == (-32001, "unavailable"), error
+                (self.refused if error["data"]["outcome"] == "none" else self.unknown).add(body)
+                await asyncio.sleep(0.01)
+
+    def check(self, stored: list[dict[str, Any]]) -> None:
+        """Compare with what is stored: all that was acknowledged, once, and nothing that was refused."""
+        found = {message["body"]: message["message_id"] for message in stored}
+        assert len(found) == len(stored)
+        lost = {body for body, message_id in self.acknowledged.items() if found.get(body) != message_id}
+        assert not lost
+        assert not self.refused & found.keys()
+        assert found.keys() <= self.acknowledged.keys() | self.unknown
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_broker_that_is_told_to_stop_under_load_drops_no_request(
+    start: Start, data_dir: Path, http: aiohttp.ClientSession, number: int
+) -> None:
+    broker = await (await start("--data-dir", str(data_dir))).ready()
+    await call(http, broker.url, "create_queue", queue="empty")
+    outcomes: Counter[str] = Counter()
+
+    async def live(session: aiohttp.ClientSession) -> None:
+        """Enqueue, dequeue, delete, for as long as it is answered 200."""
+        receipt = None
+        for method in itertools.cycle(["enqueue", "dequeue", "delete"]):
+            params = {"enqueue": {"body": 1}, "dequeue": {}, "delete": {"receipt": receipt}}[method]
+            if method == "delete" and receipt is None:
+                continue
+            request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+            try:
+                async with session.post(f"{broker.url}/rpc", json=request) as response:
+                    text = await response.read()
+            except aiohttp.ClientConnectorError:
+                outcomes["could not connect"] += 1
+                return
+            outcomes[str(response.status)] += 1
+            if response.status == 503:
+                assert response.headers["Retry-After"]
+                assert json.loads(text)["error"]["data"]["outcome"] == "none"
+                return
+            result = json.loads(text)["result"]
+            if method == "dequeue":
+                receipt = result["messages"][0]["receipt"] if result["messages"] else None
+
+    async with contextlib.AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(aiohttp.ClientSession()) for _ in range(30)]
+        parked = [asyncio.create_task(call(http, broker.url, "dequeue", queue="empty", wait=60)) for _ in range(10)]
+        living = [asyncio.create_task(live(session)) for session in sessions]
+        await until(lambda: outcomes["200"] > 300)
+        broker.signal(number)
+        began_at = time.monotonic()
+        assert await broker.ended(STOP_SECONDS + DEADLINE) == 0
+        assert time.monotonic() - began_at < STOP_SECONDS
+        await asyncio.wait_for(asyncio.gather(*living), DEADLINE)  # none of them saw its connection dropped
+        assert await asyncio.wait_for(asyncio.gather(*parked), DEADLINE) == [{"messages": []}] * 10
+    assert sum(outcomes.values()) - outcomes["200"] == 30
+    assert postgres_pids(data_dir) == []
+    assert "Traceback" not in broker.log
+    assert "Exception" not in broker.log
+
+
+async def test_a_broker_that_is_being_stopped_says_so_and_answers_what_is_under_way(
+    start: Start, database_url: str, http: aiohttp.ClientSession
+) -> None:
+    broker = await (await start(DATABASE_URL=database_url)).ready()
+    assert (await status_of(http, f"{broker.url}/readyz"))[0] == 200
+    with psycopg.connect(database_url) as holder, psycopg.connect(database_url, autocommit=True) as watcher:
+        holder.execute("LOCK TABLE broker.messages")
+        under_way = asyncio.create_task(call(http, broker.url, "enqueue", body="under way"))
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%WITH input AS%'"
+        await until(lambda: watcher.execute(waits).fetchone() == (1,))
+        broker.signal(signal.SIGTERM)
+        await broker.says("stopping")
+        for path in ("/readyz", "/healthz"):
+            status, body = await status_of(http, broker.url + path)
+            assert (status, body["error"]["data"]["draining"]) == (503, True)
+        assert (await status_of(http, f"{broker.url}/livez"))[0] == 200
+        async with http.post(f"{broker.url}/rpc", json={"jsonrpc": "2.0", "id": 1, "method": "enqueue"}) as refused:
+            assert refused.status == 503
+            assert refused.headers["Retry-After"]
+        assert not under_way.done()
+        holder.commit()
+    assert (await asyncio.wait_for(under_way, DEADLINE))["duplicate"] is False
+    assert await broker.ended() == 0
+
+
+async def test_a_broker_whose_database_hangs_stops_within_ten_seconds(
+    start: Start, folder: Path, http: aiohttp.ClientSession
+) -> None:
+    postgres = EmbeddedPostgres(folder / "other")
+    try:
+        broker = await (await start("--database-url", await postgres.start())).ready()
+        await call(http, broker.url, "enqueue", body=1)
+        pause(folder / "other", signal.SIGSTOP)
+        hanging = [asyncio.create_task(answer(http, broker.url, "enqueue", body=1)) for _ in range(3)]
+        await until(lambda: all(task.get_coro().cr_await is not None for task in hanging))  # type: ignore[union-attr]
+        await asyncio.sleep(0.1)  # so that they are under way; where they are not, the test is weaker, not wrong
+        broker.signal(signal.SIGTERM)
+        began_at = time.monotonic()
+        assert await broker.ended() == 0
+        assert time.monotonic() - began_at < STOP_SECONDS
+        await asyncio.gather(*hanging, return_exceptions=True)
+    finally:
+        pause(folder / "other", signal.SIGCONT)
+        await postgres.stop()
+
+
+@pytest.mark.parametrize("moment", ["while PostgreSQL starts", "while it waits for the database"])
+async def test_a_broker_that_is_stopped_before_it_is_ready_leaves_nothing_behind(
+    start: Start, folder: Path, data_dir: Path, moment: str
+) -> None:
+    if moment == "while PostgreSQL starts":
+        broker = await start("--data-dir", str(data_dir))
+        await until(lambda: (data_dir / "postgres.new").exists())
+    else:
+        broker = await start("--database-url", f"host={folder}")
+        await broker.says("waiting for the database")
+    broker.signal(signal.SIGTERM)
+    assert await broker.ended(STOP_SECONDS) == 0
+    assert postgres_pids(data_dir) == []
+    assert "Traceback" not in broker.log
+
+
+# -------------------------------------------------------------------------------------------------------------- crashes
+
+
+async def test_a_broker_that_is_killed_under_load_loses_nothing_that_it_acknowledged(
+    start: Start, data_dir: Path, http: aiohttp.ClientSession
+) -> None:
+    ledger = Ledger()
+    for kill in range(3):
+        broker = await (await start("--data-dir", str(data_dir))).ready()
+        producing = [asyncio.create_task(ledger.produce(broker.url, asyncio.Event())) for _ in range(10)]
+        wanted = len(ledger.acknowledged) + 200 + 50 * kill
+        await until(lambda wanted=wanted: len(ledger.acknowledged) > wanted)  # type: ignore[misc]
+        broker.signal(signal.SIGKILL)
+        await broker.ended()
+        await asyncio.gather(*producing)
+    broker = await (await start("--data-dir", str(data_dir))).ready()
+    ledger.check(await drain(http, broker.url))
+
+
+@pytest.mark.parametrize("victims", ["the postmaster", "all processes"])
+async def test_a_broker_outlives_its_postgresql(
+    start: Start, data_dir: Path, http: aiohttp.ClientSession, victims: str
+) -> None:
+    broker = await (await start("--data-dir", str(data_dir), "--request-timeout", "3")).ready()
+    ledger, stop = Ledger(), asyncio.Event()
+    producing = [asyncio.create_task(ledger.produce(broker.url, stop)) for _ in range(10)]
+    parked = asyncio.create_task(answer(http, broker.url, "dequeue", wait=0))
+    for _ in range(2):
+        acknowledged = len(ledger.acknowledged)
+        await until(lambda acknowledged=acknowledged: len(ledger.acknowledged) > acknowledged + 100)  # type: ignore[misc]
+        pids = postgres_pids(data_dir)
+        for pid in pids[:1] if victims == "the postmaster" else [*pids[1:], pids[0]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        acknowledged = len(ledger.acknowledged)
+        await until(lambda acknowledged=acknowledged: len(ledger.acknowledged) > acknowledged + 100)  # type: ignore[misc]
+        assert not any(task.done() for task in producing)
+    stop.set()
+    await asyncio.wait_for(asyncio.gather(*producing), DEADLINE)
+    await parked
+    assert ledger.slowest < 3 + 5
+    assert ledger.unknown or ledger.refused
+    assert (await status_of(http, f"{broker.url}/readyz"))[0] == 200
+    ledger.check(await drain(http, broker.url))
+    assert "is started again" in broker.log
+    assert "Traceback" not in broker.log
+
+
+def pause(data_dir: Path, number: int) -> None:
+    for pid in postgres_pids(data_dir):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+async def test_calls_to_a_database_that_hangs_are_answered_in_time_and_served_when_it_goes_on(
+    start: Start, data_dir: Path, http: aiohttp.ClientSession
+) -> None:
+    broker = await (await start("--data-dir", str(data_dir), "--request-timeout", "1")).ready()
+    await call(http, broker.url, "enqueue", body="before")
+    (message,) = (await call(http, broker.url, "dequeue", visibility_timeout=600))["messages"]
+    receipt = message["receipt"]
+    calls: list[tuple[str, dict[str, Any], set[str]]] = [
+        ("enqueue", {"body": 1}, {"none", "unknown"}),
+        ("dequeue", {}, {"none", "unknown"}),
+        ("dequeue", {"wait": 1}, {"none", "unknown"}),
+        ("extend_visibility", {"receipt": receipt, "visibility_timeout": 600}, {"none", "unknown"}),
+        ("get_queue", {"queue": "default"}, {"none"}),
+        ("count_messages", {}, {"none"}),
+        ("get_server", {}, {"none"}),
+    ]
+    pause(data_dir, signal.SIGSTOP)
+    try:
+        for _ in range(3):  # more than there are connections
+            began_at = time.monotonic()
+            answers = await asyncio.gather(*(answer(http, broker.url, method, **params) for method, params, _ in calls))
+            assert time.monotonic() - began_at < 1 + 10 * 0.5
+            for (method, _, outcomes), answered in zip(calls, answers, strict=True):
+                assert answered["error"]["code"] == -32001, method
+                assert answered["error"]["data"]["outcome"] in outcomes, method
+        assert (await status_of(http, f"{broker.url}/readyz"))[0] == 503
+        assert (await status_of(http, f"{broker.url}/livez"))[0] == 200
+    finally:
+        pause(data_dir, signal.SIGCONT)
+
+    async with asyncio.timeout(DEADLINE):
+        while "error" in await answer(http, broker.url, "enqueue", body="after"):
+            pass
+    parked = asyncio.create_task(call(http, broker.url, "dequeue", queue="default", max_messages=1000, wait=30))
+    assert (await asyncio.wait_for(parked, DEADLINE))["messages"]
+    assert await call(http, broker.url, "delete", receipt=receipt) == {"deleted": True}
+    assert (await status_of(http, f"{broker.url}/readyz"))[0] == 200
+
+
+async def test_clients_that_hang_up_on_a_database_that_hangs_do_not_use_up_its_connections(
+    start: Start, data_dir: Path, http: aiohttp.ClientSession
+) -> None:
+    """It goes on again only for new connections: those on which somebody waited stay silent for ever."""
+    flags = ("--request-timeout", "2", "--database-connections", "2")
+    broker = await (await start("--data-dir", str(data_dir), *flags)).ready()
+    await call(http, broker.url, "enqueue", body=1)
+    pause(data_dir, signal.SIGSTOP)
+    hung = postgres_pids(data_dir)
+    for _ in range(4):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await answer(http, broker.url, "enqueue", body=2)
+    postmaster = hung[0]
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in hung}
+    for pid in hung:
+        if pid == postmaster or "[local]" not in titles[pid]:
+            os.kill(pid, signal.SIGCONT)
+    async with asyncio.timeout(DEADLINE):
+        while "error" in await answer(http, broker.url, "enqueue", body=3):
+            pass
+    assert any("[local]" in title for title in titles.values())
+    pause(data_dir, signal.SIGCONT)
+
+
+# ------------------------------------------------------------------------------------------------------------- starting
+
+
+async def test_ten_brokers_that_start_at_once_on_an_empty_database_all_become_ready(
+    start: Start, empty_database_url: str, http: aiohttp.ClientSession
+) -> None:
+    brokers = [await start("--database-url", empty_database_url) for _ in range(10)]
+    await asyncio.gather(*(broker.ready() for broker in brokers))
+    sent = await call(http, brokers[0].url, "enqueue", body=1)
+    for broker in brokers:
+        assert (await status_of(http, f"{broker.url}/readyz"))[0] == 200
+    (message,) = (await call(http, brokers[9].url, "dequeue"))["messages"]
+    assert message["message_id"] == sent["message_id"]
+    for broker in brokers:
+        broker.signal(signal.SIGTERM)
+    assert [await broker.ended() for broker in brokers] == [0] * 10
+
+
+async def test_an_embedded_database_keeps_its_messages_over_restarts(
+    start: Start, data_dir: Path, http: aiohttp.ClientSession
+) -> None:
+    ids = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        broker = await (await start(BROKER_DATA_DIR=str(data_dir))).ready()
+        ids.append((await call(http, broker.url, "enqueue", body=number))["message_id"])
+        broker.signal(number)
+        await broker.ended()
+    broker = await (await start(BROKER_DATA_DIR=str(data_dir))).ready()
+    assert [message["message_id"] for message in await drain(http, broker.url)] == ids
+
+
+async def refusal(broker: Process) -> str:
+    """Wait until a broker that cannot start has ended with exit code 1; return the one line in which it says why."""
+    assert await broker.ended() == 1
+    assert "Traceback" not in broker.log
+    lines = [line for line in broker.log.splitlines() if line.startswith("wonderq: ")]
+    assert len(lines) == 1, broker.log
+    assert broker.log.endswith(lines[0] + "\n")
+    return lines[0]
+
+
+async def test_a_broker_waits_for_a_database_that_is_away_when_it_starts(start: Start, folder: Path) -> None:
+    postgres = EmbeddedPostgres(folder / "late")
+    conninfo = await postgres.start()
+    await postgres.stop()
+    broker = await start("--database-url", conninfo)
+    await broker.says("waiting for the database")
+    try:
+        await postgres.start()
+        await broker.ready()
+    finally:
+        await broker.kill()
+        await postgres.stop()
+
+
+async def test_a_broker_gives_a_database_that_stays_away_up_in_one_line(start: Start, folder: Path) -> None:
+    line = await refusal(await start("--database-url", f"host={folder}", "--startup-timeout", "0.5"))
+    assert "The database cannot be used" in line
+    assert "--database-url" in line
+
+
+async def test_a_database_that_refuses_is_not_tried_again(start: Start, folder: Path) -> None:
+    rules = folder / "hba.conf"
+    rules.write_text("local wonderq wonderq trust\nlocal wonderq guarded scram-sha-256\nlocal missing wonderq trust\n")
+    rules.chmod(0o644)
+    postgres = EmbeddedPostgres(folder / "strict", settings={"hba_file": str(rules)})
+    conninfo = await postgres.start()
+    try:
+        with psycopg.connect(conninfo) as connection:
+            connection.execute("CREATE ROLE guarded LOGIN PASSWORD 'right'")
+        for url, words in (
+            (conninfo.replace("@/wonderq?", "@/missing?"), 'database "missing" does not exist'),
+            (conninfo.replace("//wonderq@", "//guarded:wrong@"), "password authentication failed"),
+            (conninfo.replace("//wonderq@", "//guarded@"), "no password supplied"),
+            (conninfo.replace("//wonderq@", "//nobody@"), "no pg_hba.conf entry"),
+        ):
+            broker = await start("--database-url", url)
+            line = await refusal(broker)
+            assert words in line
+            assert "--database-url" in line
+            assert "waiting for the database" not in broker.log
+    finally:
+        await postgres.stop()
+
+
+async def test_a_port_that_is_in_use_is_said_in_one_line(start: Start, database_url: str, data_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in await refusal(await start(DATABASE_URL=database_url, port=port))
+        assert "--port" in await refusal(await start("--data-dir", str(data_dir), port=port))
+    assert postgres_pids(data_dir) == []
+
+
+async def test_a_broker_is_open_to_the_network_only_where_that_was_said(
+    start: Start, database_url: str, http: aiohttp.ClientSession
+) -> None:
+    line = await refusal(await start("--host", "0.0.0.0", DATABASE_URL=database_url))
+    assert "0.0.0.0" in line
+    assert "--auth off" in line
+    broker = await (await start("--host", "0.0.0.0", "--auth", "off", DATABASE_URL=database_url)).ready()
+    assert "NO AUTHENTICATION" in broker.log
+    assert await call(http, broker.url.replace("0.0.0.0", "127.0.0.1"), "count_messages")
+
+
+async def test_a_second_broker_on_a_data_directory_names_the_first(
+    start: Start, data_dir: Path, http: aiohttp.ClientSession
+) -> None:
+    broker = await (await start("--data-dir", str(data_dir))).ready()
+    line = await refusal(await start("--data-dir", str(data_dir)))
+    assert f"in use by process {broker.pid}" in line
+    assert await call(http, broker.url, "enqueue", body=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- together
+
+MESSAGES = 50_000
+PRODUCERS = 8
+CONSUMERS = 16
+
+
+async def test_sixteen_consumers_share_the_messages_of_eight_producers(
+    start: Start, folder: Path, database_url: str, http: aiohttp.ClientSession
+) -> None:
+    """Producers and consumers are processes, half of them at each of two brokers.
+
+    No lease can end while they run. So the stretches for which a message was held would overlap, or its
+    receive_count be above one, if it had ever been handed out twice; and it would be missing in the logs of the
+    consumers if it never was.
+    """
+    brokers = [await (await start("--database-url", database_url)).ready() for _ in range(2)]
+    await call(http, brokers[0].url, "create_queue", queue="shared")
+    stop_file = folder / "stop"
+    each = MESSAGES // PRODUCERS
+
+    async def swarm(n: int, *words: object) -> tuple[int, str]:
+        command = [sys.executable, "-I", "-S", str(SWARM), brokers[n % 2].url, "shared", *map(str, words)]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        try:
+            out, _ = await process.communicate()
+        except asyncio.CancelledError:
+            process.kill()
+            await process.wait()
+            raise
+        return process.returncode or 0, out.decode()
+
+    async with asyncio.timeout(2 * DEADLINE), asyncio.TaskGroup() as tasks:
+        consuming = [tasks.create_task(swarm(n, "consume", stop_file)) for n in range(CONSUMERS)]
+        producing = [tasks.create_task(swarm(n, "produce", n * each, each)) for n in range(PRODUCERS)]
+        assert [await task for task in producing] == [(0, "")] * PRODUCERS
+        stop_file.touch()
+
+    assert [task.result()[0] for task in consuming] == [0] * CONSUMERS
+    logs = [line.split() for task in consuming for line in task.result()[1].splitlines()]
+    held: dict[str, list[tuple[float, float]]] = {}
+    for _, message_id, _, _, held_from, held_until in logs:
+        held.setdefault(message_id, []).append((float(held_from), float(held_until)))
+    for stretches in held.values():
+        stretches.sort()
+        assert all(until <= begin for (_, until), (begin, _) in itertools.pairwise(stretches))
+    assert {int(body) for body, *_ in logs} == set(range(MESSAGES))
+    assert len(logs) == len(held) == MESSAGES
+    assert {receive_count for _, _, receive_count, *_ in logs} == {"1"}
+    assert sum(task.result()[1] != "" for task in consuming) == CONSUMERS  # none was left without
+    assert (await call(http, brokers[1].url, "count_messages", queue="shared"))["total"] == 0
+    for broker in brokers:
+        broker.signal(signal.SIGTERM)
+        assert await broker.ended() == 0
+        assert '"error"' not in broker.log
+        assert "Traceback" not in broker.log
+    with psycopg.connect(database_url) as connection:
+        deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        assert connection.execute(deadlocks).fetchone() == (0,)
