@@ -8,13 +8,9 @@ because only that sends the "100 Continue" some clients wait for.
 """
 
 import asyncio
-import ctypes
 import json
 import logging
-import os
 import socket
-import struct
-import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Connections beyond the limit that may wait for their 503 to be read; further ones are closed at once.
 MAX_REFUSED_CONNECTIONS = 256
-# How long no request may have come before a draining server takes its clients to be gone.
-QUIET_TIME = 0.3
-POLL_INTERVAL = 0.02
 
 _EXPECTS_CONTINUE = web.RequestKey("expects_continue", bool)
 
@@ -458,6 +451,11 @@ class ConnectionRunner(web.AppRunner):
     def is_draining(self) -> bool:
         return self._connection_server.is_draining
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """How many connections and requests there have been: the same again where nothing came meanwhile."""
+        return self._connection_server.accepted_count, self._connection_server.requests_count
+
     def idle_connections(self) -> list[Connection]:
         return [each for each in self.connections if not each.is_busy]
 
@@ -470,66 +468,3 @@ class ConnectionRunner(web.AppRunner):
         for each in self.idle_connections():
             if each.transport is not None and not _peek(each.transport):
                 each.force_close()
-
-    async def drain(self, timeout: float) -> bool:
-        """Stop within `timeout` seconds so that no request is lost; return whether that was reached.
-
-        The port stays open while earlier requests are under way (newcomers reach the application, which
-        refuses them). Then new handshakes are dropped by the kernel, while those it has completed are still
-        accepted and answered; after QUIET_TIME without a request the port and idle connections are closed.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
-        self.start_draining()
-        await self._wait_for([each for each in self.connections if each.is_busy], deadline)
-        for site in self.sites:
-            listeners = getattr(site._server, "sockets", None) or ()
-            if not all(_drop_new_handshakes(each.fileno()) for each in listeners):
-                await site.stop()
-        await self._wait_for_quiet(deadline)
-        for site in self.sites:
-            await site.stop()
-        self.close_idle()
-        await asyncio.sleep(POLL_INTERVAL)
-        await self._wait_for(self.connections, deadline)
-        return self.requests_in_flight == 0
-
-    async def _wait_for(self, connections: list[Connection], deadline: float) -> None:
-        while any(each.is_busy for each in connections) and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(POLL_INTERVAL)
-
-    async def _wait_for_quiet(self, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
-        server = self._connection_server
-        seen = (-1, -1)
-        quiet_since = loop.time()
-        while loop.time() < min(deadline, quiet_since + QUIET_TIME):
-            counts = (server.accepted_count, server.requests_count)
-            if counts != seen or self.requests_in_flight:
-                seen, quiet_since = counts, loop.time()
-            await asyncio.sleep(POLL_INTERVAL)
-
-
-# A socket filter of four steps: load the TCP flags (byte 13); where SYN is set keep nothing, else everything.
-_DROP_SYN = struct.pack("=" + "HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 0x02, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF)
-_SO_ATTACH_FILTER = 26
-
-
-def _drop_new_handshakes(fileno: int) -> bool:
-    """Make the kernel ignore SYNs to a listening socket; return False where it cannot.
-
-    Closing a listening socket resets the connections that it has completed but nobody has accepted, and
-    under load there is one at almost any moment. A client whose SYN is ignored sends it again a second
-    later, and is then refused, or reaches another process on the same port.
-    """
-    if sys.platform != "linux":
-        return False
-    with socket.socket(fileno=os.dup(fileno)) as listener:
-        if listener.family not in (socket.AF_INET, socket.AF_INET6):
-            return False
-        steps = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(steps)))
-        except OSError:
-            return False
-    return True

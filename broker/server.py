@@ -22,6 +22,7 @@ import psycopg
 from aiohttp import web
 
 from broker.connections import ConnectionLimits, ConnectionRunner, read_body
+from broker.draining import drain
 from broker.embedded import EmbeddedPostgres
 from broker.errors import BrokerError, InvalidRequest, Unavailable, error_answer
 from broker.installation import EmbeddedError
@@ -256,7 +257,7 @@ class Server:
     async def __aexit__(self, *_: object) -> None:
         self.runner.start_draining()
         self.waiting.close()
-        if not await self.runner.drain(DRAIN_SECONDS):
+        if not await drain(self.runner, DRAIN_SECONDS):
             log.warning("stopped before every request was answered")
         await self._stop()
 

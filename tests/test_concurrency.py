@@ -177,8 +177,10 @@ async def test_exactly_as_many_are_handed_out_as_were_asked_for_though_rows_were
     sent = await send(two, 600)
     await two.execute("UPDATE broker.messages SET lane = %s", [lane])
     async with gate.holding_back(one, take(one, 10, at_most_once=at_most_once, fresh_first=fresh_first)) as taking:
-        await two.execute("UPDATE broker.messages SET headers = '{}' WHERE id %% %s = 0", [every])
+        await two.execute("""UPDATE broker.messages SET headers = '{"is":"new"}' WHERE id %% %s = 0""", [every])
     assert ids(await taking) == sent[:10]
+    shown = [bytes(message.headers) for message in (await taking).messages]
+    assert shown == [b'{"is":"new"}' if number % every == 0 else b"{}" for number in sent[:10]]
     row = await (await two.execute("SELECT count(*), count(lease_token) FROM broker.messages")).fetchone()
     assert row == ((590, 0) if at_most_once else (600, 10))
     assert ids(await take(two, 600)) == sent[10:]

@@ -26,6 +26,7 @@ from broker.connections import (
     client_has_hung_up,
     read_body,
 )
+from broker.draining import drain
 
 PATIENCE = 10.0
 LIMITS = ConnectionLimits(
@@ -647,7 +648,7 @@ async def test_draining_waits_for_requests_and_meanwhile_still_answers_newcomers
         old_reader, old_writer = await broker.connect()
         old_writer.write(post())
         await eventually(lambda: broker.runner.requests_in_flight == 1)
-        draining = asyncio.create_task(broker.runner.drain(PATIENCE))
+        draining = asyncio.create_task(drain(broker.runner, PATIENCE))
         await asyncio.sleep(0.5)
         assert parse(await broker.ask(post(b"new"))).status == 503
         proceed.set()
@@ -667,7 +668,7 @@ async def test_draining_gives_up_at_its_timeout() -> None:
         _, writer = await broker.connect()
         writer.write(post())
         await eventually(lambda: broker.runner.requests_in_flight == 1)
-        assert not await asyncio.wait_for(broker.runner.drain(0.5), PATIENCE)
+        assert not await asyncio.wait_for(drain(broker.runner, 0.5), PATIENCE)
         writer.close()
 
 
@@ -701,7 +702,7 @@ async def test_draining_under_load_loses_no_request(keeps_alive: bool) -> None:
         clients = [asyncio.create_task(client(url)) for _ in range(20)]
         await eventually(lambda: outcomes.get(200, 0) >= 200)
         begun_at = loop.time()
-        assert await asyncio.wait_for(broker.runner.drain(PATIENCE), PATIENCE * 2)
+        assert await asyncio.wait_for(drain(broker.runner, PATIENCE), PATIENCE * 2)
         assert loop.time() - begun_at < PATIENCE / 2
         await asyncio.wait_for(asyncio.gather(*clients), PATIENCE)
     assert set(outcomes) <= {200, 503}

@@ -376,7 +376,6 @@ async def test_a_broker_outlives_its_postgresql(
     await asyncio.wait_for(asyncio.gather(*producing), DEADLINE)
     await parked
     assert ledger.slowest < 3 + 5
-    assert ledger.unknown or ledger.refused
     assert (await status_of(http, f"{broker.url}/readyz"))[0] == 200
     ledger.check(await drain(http, broker.url))
     assert "is started again" in broker.log

@@ -178,6 +178,9 @@ async def test_a_sweeper_that_is_a_little_behind_does_not_count_again_what_anoth
     await connection.execute("UPDATE broker.sweeps SET ended_leases_seen_until = now() + interval '20 s'")
     assert await sweeps.count_ended_leases(connection) == {}
     await pass_time(connection, 10)
+    await connection.execute(
+        "UPDATE broker.sweeps SET ended_leases_seen_until = ended_leases_seen_until - interval '10 s'"
+    )
     assert await sweeps.count_ended_leases(connection) == {}
 
 

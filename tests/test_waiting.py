@@ -18,7 +18,7 @@ import aiohttp
 import psycopg
 import pytest
 
-from broker import connections, waiting
+from broker import draining, waiting
 from broker.server import Server
 from broker.settings import Settings
 from broker.storage.database import Connection
@@ -41,7 +41,7 @@ WHERE q.name = %(queue)s AND q.deleted_at IS NULL
 @pytest.fixture(autouse=True)
 def impatient_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let brokers stop without waiting for strangers' requests."""
-    monkeypatch.setattr(connections, "QUIET_TIME", 0.02)
+    monkeypatch.setattr(draining, "QUIET_TIME", 0.02)
 
 
 @pytest.fixture
@@ -262,23 +262,22 @@ async def test_a_delay_that_was_known_before_anybody_waited_wakes_a_consumer_at_
 
 
 @pytest.mark.parametrize("holder", [0, 1], ids=["this broker", "another broker"])
-@pytest.mark.parametrize("when", ["before it waits", "while it waits"])
-async def test_a_short_lease_that_ends_wakes_a_consumer_at_once(
-    pair: tuple[Broker, Broker], holder: int, when: str
+async def test_a_short_lease_that_ends_wakes_a_consumer_at_once(pair: tuple[Broker, Broker], holder: int) -> None:
+    await lease(pair[holder], "default", 0.6)
+    parked = await park(pair[0], "default")
+    assert await seconds_until_done(parked) < 0.6 + SOON
+    assert parked.result()[0]["receive_count"] == 2
+
+
+@pytest.mark.parametrize("holder", [0, 1], ids=["this broker", "another broker"])
+async def test_a_short_lease_that_is_taken_while_others_wait_wakes_one_when_it_ends(
+    pair: tuple[Broker, Broker], connection: Connection, holder: int
 ) -> None:
-    await pair[0].call("create_queue", queue="q", paused=True)
-    await pair[0].call("enqueue", queue="q", body=1)
-    if when == "before it waits":
-        await pair[0].call("update_queue", queue="q", paused=False)
-        await pair[holder].call("dequeue", queue="q", visibility_timeout=0.6)
-        parked = await park(pair[0], "q")
-    else:
-        # Both wait, in this order, and the first one takes it.
-        first = await park(pair[holder], "q", visibility_timeout=0.6)
-        parked = await park(pair[0], "q")
-        await pair[holder].call("update_queue", queue="q", paused=False)
-        if await asyncio.wait_for(asyncio.shield(first), DEADLINE) == [] or parked.done():
-            pytest.fail("the first one takes it")
+    first = await park(pair[holder], "default", visibility_timeout=0.6)
+    parked = await park(pair[0], "default")
+    await connection.execute(INSERT, {"queue": "default", "count": 1, "body": "1"})
+    pair[holder].server.waiting.hear(News("default", 0.0, 1))  # only the first one hears of it
+    assert len(await asyncio.wait_for(first, DEADLINE)) == 1
     assert await seconds_until_done(parked) < 0.6 + SOON
     assert parked.result()[0]["receive_count"] == 2
 
