@@ -30,7 +30,7 @@ from broker.model import (
 )
 from broker.rpc import Call, Method
 from broker.settings import Settings
-from broker.storage import inspection, messages, queues
+from broker.storage import counting, durability, inspection, leases, messages, queues
 from broker.storage.database import Database
 from broker.storage.messages import EnqueueCall, Stored
 from broker.storage.notifications import News
@@ -118,7 +118,7 @@ class Methods:
 
     async def delete(self, call: Call, receipt: str) -> dict[str, Any]:
         lease = lease_of(receipt)
-        (deleted,) = await self.database.write(lambda connection: messages.delete(connection, [lease]))
+        (deleted,) = await self.database.write(lambda connection: leases.delete(connection, [lease]))
         if isinstance(deleted, BrokerError):
             raise deleted
         self.metrics.deleted.inc(deleted)
@@ -127,7 +127,7 @@ class Methods:
     async def delete_batch(self, call: Call, receipts: Sequence[str]) -> dict[str, Any]:
         results = await self._for_receipts(
             receipts,
-            lambda leases: self.database.write(lambda connection: messages.delete(connection, leases)),
+            lambda held: self.database.write(lambda connection: leases.delete(connection, held)),
         )
         self.metrics.deleted.inc(sum(result is True for result in results))
         return {
@@ -146,7 +146,7 @@ class Methods:
     async def extend_visibility_batch(
         self, call: Call, receipts: Sequence[str], visibility_timeout: float
     ) -> dict[str, Any]:
-        results = await self._for_receipts(receipts, lambda leases: self._extend(leases, visibility_timeout))
+        results = await self._for_receipts(receipts, lambda held: self._extend(held, visibility_timeout))
         return {
             "results": [
                 {"error": error_object(result)}
@@ -156,10 +156,8 @@ class Methods:
             ]
         }
 
-    async def _extend(
-        self, leases: Sequence[Lease], visibility_timeout: float
-    ) -> list[messages.Extended | BrokerError]:
-        results = await self.database.write(lambda connection: messages.extend(connection, leases, visibility_timeout))
+    async def _extend(self, held: Sequence[Lease], visibility_timeout: float) -> list[leases.Extended | BrokerError]:
+        results = await self.database.write(lambda connection: leases.extend(connection, held, visibility_timeout))
         if visibility_timeout < SHORT_LEASE_SECONDS:
             for result in results:
                 if not isinstance(result, BrokerError):
@@ -169,17 +167,17 @@ class Methods:
     async def _for_receipts(self, receipts: Sequence[str], work: Any) -> list[Any]:
         """Do the work for those receipts that are ones; put InvalidReceipt in the place of the others."""
         results: list[Any] = []
-        leases: list[Lease] = []
+        held: list[Lease] = []
         places: list[int] = []
         for place, receipt in enumerate(receipts):
             try:
-                leases.append(lease_of(receipt))
+                held.append(lease_of(receipt))
                 places.append(place)
                 results.append(None)
             except BrokerError as error:
                 results.append(error)
-        if leases:
-            for place, result in zip(places, await work(leases), strict=True):
+        if held:
+            for place, result in zip(places, await work(held), strict=True):
                 results[place] = result
         return results
 
@@ -206,7 +204,7 @@ class Methods:
     async def _add_counts(self, page: list[Queue]) -> list[Queue]:
         """Add what lies in the queues; those that were deleted meanwhile are left out."""
         names = [each.queue for each in page]
-        counted = await self.database.read(lambda connection: inspection.count(connection, names))
+        counted = await self.database.read(lambda connection: counting.count(connection, names))
         page = [each for each in page if each.queue in counted]
         for each in page:
             each.counts, each.oldest_ready_age = counted[each.queue]
@@ -223,13 +221,13 @@ class Methods:
 
     async def count_messages(self, call: Call, queue: str | None, status: str | None) -> Counts | dict[str, Any]:
         if queue is None:
-            counts = await self.database.read(inspection.count_all)
+            counts = await self.database.read(counting.count_all)
         else:
-            counted = await self.database.read(lambda connection: inspection.count(connection, [queue]))
+            counted = await self.database.read(lambda connection: counting.count(connection, [queue]))
             if queue not in counted:
                 raise QueueNotFound(queue=queue)
             counts, _ = counted[queue]
-        return counts if status is None else inspection.of_status(counts, status)
+        return counts if status is None else counting.of_status(counts, status)
 
     async def list_messages(
         self, call: Call, queue: str, status: str | None, limit: int, after: str | None
@@ -276,7 +274,7 @@ class Methods:
         return {"deleted": deleted}
 
     async def get_server(self, call: Call) -> dict[str, Any]:
-        facts = await self.database.read(inspection.server_facts)
+        facts = await self.database.read(durability.server_facts)
         return {
             "version": __version__,
             "uptime": round(time.monotonic() - self.started_at, 3),

@@ -12,7 +12,7 @@ from aiohttp import web
 from broker import __version__
 from broker.errors import BrokerError, Unavailable, error_answer
 from broker.metrics import CONTENT_TYPE, MAX_QUEUES_SHOWN, Metrics
-from broker.storage import inspection, migrate, queues
+from broker.storage import counting, durability, migrate, queues
 from broker.storage.database import Database
 
 SECURITY_HEADERS = {
@@ -65,7 +65,7 @@ class Pages:
             return unavailable(Unavailable(reason="is fine, but this broker is being stopped").with_data(draining=True))
         try:
             newest = await self._database.read(migrate.newest_applied)
-            facts = await self._database.read(inspection.server_facts)
+            facts = await self._database.read(durability.server_facts)
         except BrokerError as error:
             return unavailable(error.with_data(database="unavailable", draining=False))
         if newest < migrate.available_migrations()[-1][0]:
@@ -90,7 +90,7 @@ class Pages:
                 lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)
             )
             names = [each.queue for each in page]
-            self._metrics.show_queues(await self._database.read(lambda connection: inspection.count(connection, names)))
+            self._metrics.show_queues(await self._database.read(lambda connection: counting.count(connection, names)))
         except BrokerError:
             self._metrics.show_queues({})
         return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
@@ -106,7 +106,7 @@ class Pages:
                 lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)
             )
             names = [each.queue for each in page]
-            counted = await self._database.read(lambda connection: inspection.count(connection, names))
+            counted = await self._database.read(lambda connection: counting.count(connection, names))
         except BrokerError as error:
             return unavailable(error)
         rows = [_row(name, *counted[name]) for name in names if name in counted]
@@ -126,7 +126,7 @@ def _row(name: str, counts: Any, oldest_ready_age: float | None) -> str:
     about = "" if counts.exact else "about "
     figures = (counts.ready, counts.delayed, counts.leased, counts.total)
     age = "" if oldest_ready_age is None else f"{oldest_ready_age:,.0f} s"
-    cells = "".join(f"<td>{about if figure > inspection.EXACT_UP_TO else ''}{figure:,}</td>" for figure in figures)
+    cells = "".join(f"<td>{about if figure > counting.EXACT_UP_TO else ''}{figure:,}</td>" for figure in figures)
     return f'<tr><th scope="row">{html.escape(name)}</th>{cells}<td>{age}</td></tr>'
 
 

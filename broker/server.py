@@ -32,7 +32,7 @@ from broker.pages import Pages, unavailable
 from broker.rpc import Rpc
 from broker.schema import compile_methods, load_document
 from broker.settings import Settings
-from broker.storage import inspection
+from broker.storage import durability
 from broker.storage.database import Database
 from broker.storage.migrate import MigrationError, migrate
 from broker.storage.notifications import Notifications
@@ -276,7 +276,7 @@ class Server:
         await self.database.close()
 
     async def _say_how_durable(self) -> None:
-        facts = await self.database.read(inspection.server_facts)
+        facts = await self.database.read(durability.server_facts)
         level = facts.durability["level"]
         log.info("database postgresql=%s durability=%s", facts.version, level)
         if level == "at_risk":

@@ -22,7 +22,7 @@ from typing import Any
 
 from broker.errors import BrokerError, Overloaded
 from broker.model import MAX_BODY_BYTES_PER_ANSWER
-from broker.storage import messages
+from broker.storage import leases, messages
 from broker.storage.database import Database
 from broker.storage.messages import Delivery
 from broker.storage.notifications import News
@@ -217,7 +217,7 @@ class WaitingRoom:
         if not delivery.leases:
             return
         try:
-            await self._database.write(lambda connection: messages.give_back(connection, delivery.leases))
+            await self._database.write(lambda connection: leases.give_back(connection, delivery.leases))
         except BrokerError as error:
             log.warning("leases not given back messages=%d reason=%s", len(delivery.leases), error.type)
             return

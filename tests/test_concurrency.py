@@ -22,7 +22,7 @@ from psycopg import sql
 
 from broker.errors import BrokerError, LeaseLost, MessageLeased, MessageNotFound, QueueExists, QueueNotFound
 from broker.model import Lease, NewMessage, message_number_of
-from broker.storage import inspection, messages, queues
+from broker.storage import counting, inspection, leases, messages, queues
 from broker.storage.database import Connection, Database
 from broker.storage.messages import Delivery, EnqueueCall, Stored
 from broker.sweeper import sweep_once
@@ -229,7 +229,7 @@ async def test_what_was_given_back_since_the_snapshot_comes_once(connect: Connec
     sent = await send(two, 3)
     held = await take(two, 1)
     async with gate.holding_back(one, take(one, 3)) as taking:
-        await messages.give_back(two, held.leases)
+        await leases.give_back(two, held.leases)
     assert ids(await taking) == sent[1:]
     assert ids(await take(two, 3)) == sent[:1]
 
@@ -252,8 +252,8 @@ async def test_of_two_deletes_the_second_waits_and_answers_false(connect: Connec
     await send(one)
     held = (await take(one)).leases
     async with transaction(one):
-        assert await messages.delete(one, held) == [True]
-        second = asyncio.ensure_future(messages.delete(two, held))
+        assert await leases.delete(one, held) == [True]
+        second = asyncio.ensure_future(leases.delete(two, held))
         await wait_until_blocked(observer, two)
     assert await second == [False]
 
@@ -263,8 +263,8 @@ async def test_a_delete_that_is_rolled_back_leaves_the_message_to_the_second(con
     await send(one)
     held = (await take(one)).leases
     async with transaction(one):
-        assert await messages.delete(one, held) == [True]
-        second = asyncio.ensure_future(messages.delete(two, held))
+        assert await leases.delete(one, held) == [True]
+        second = asyncio.ensure_future(leases.delete(two, held))
         await wait_until_blocked(observer, two)
         await one.execute("ROLLBACK")
     assert await second == [True]
@@ -277,7 +277,7 @@ async def test_dequeue_does_not_wait_for_a_delete_nor_hand_out_its_message(conne
     held = (await take(one)).leases
     await let_leases_end(one)
     async with transaction(one):
-        assert await messages.delete(one, held) == [True]
+        assert await leases.delete(one, held) == [True]
         assert ids(await take(two)) == []
     assert ids(await take(two)) == []
 
@@ -290,7 +290,7 @@ async def test_a_delete_that_meets_a_new_lease_has_lost_it_if_that_is_committed(
     await let_leases_end(one)
     async with transaction(one):
         newer = (await take(one)).leases
-        deleting = asyncio.ensure_future(messages.delete(two, held))
+        deleting = asyncio.ensure_future(leases.delete(two, held))
         await wait_until_blocked(observer, two)
         await one.execute(sql.SQL(ends))
     if ends == "ROLLBACK":
@@ -298,7 +298,7 @@ async def test_a_delete_that_meets_a_new_lease_has_lost_it_if_that_is_committed(
     else:
         assert await is_lost(deleting)
         assert await remaining(two) == {sent}
-        assert await messages.delete(two, newer) == [True]
+        assert await leases.delete(two, newer) == [True]
 
 
 @pytest.mark.parametrize("statement", ["delete", "extend"])
@@ -309,13 +309,13 @@ async def test_a_receipt_loses_to_a_lease_that_was_taken_since_the_snapshot(
     one, two = await connect(), await connect()
     sent = await send(two)
     held = (await take(two)).leases
-    work: Awaitable[list[Any]] = messages.delete(one, held) if statement == "delete" else messages.extend(one, held, 99)
+    work: Awaitable[list[Any]] = leases.delete(one, held) if statement == "delete" else leases.extend(one, held, 99)
     async with gate.holding_back(one, work) as working:
         await let_leases_end(two)
         newer = await take(two)
         assert ids(newer) == sent
     assert await is_lost(working)
-    assert await messages.delete(two, newer.leases) == [True]
+    assert await leases.delete(two, newer.leases) == [True]
 
 
 async def test_what_is_given_back_too_late_stays_with_its_new_holder(connect: Connect) -> None:
@@ -325,11 +325,11 @@ async def test_what_is_given_back_too_late_stays_with_its_new_holder(connect: Co
     async with transaction(one):
         await let_leases_end(one)
         newer = await take(one)
-        giving_back = asyncio.ensure_future(messages.give_back(two, held))
+        giving_back = asyncio.ensure_future(leases.give_back(two, held))
         await wait_until_blocked(observer, two)
     assert await giving_back == 0
     assert newer.messages[0].receive_count == 2
-    assert await messages.delete(two, newer.leases) == [True]
+    assert await leases.delete(two, newer.leases) == [True]
 
 
 async def test_a_lease_that_ends_before_its_extension_gets_the_row_is_not_extended(
@@ -338,7 +338,7 @@ async def test_a_lease_that_ends_before_its_extension_gets_the_row_is_not_extend
     one, two = await connect(), await connect()
     sent = await send(two)
     held = (await take(two)).leases
-    async with gate.holding_back(one, messages.extend(one, held, 99)) as extending:
+    async with gate.holding_back(one, leases.extend(one, held, 99)) as extending:
         await let_leases_end(two)
     assert await is_lost(extending)
     assert ids(await take(two)) == sent
@@ -362,7 +362,7 @@ async def test_a_message_that_was_removed_since_the_snapshot_is_gone(
     one, two = await connect(), await connect()
     await send(two)
     held = (await take(two)).leases
-    work: Awaitable[list[Any]] = messages.delete(one, held) if statement == "delete" else messages.extend(one, held, 99)
+    work: Awaitable[list[Any]] = leases.delete(one, held) if statement == "delete" else leases.extend(one, held, 99)
     async with gate.holding_back(one, work) as working:
         await two.execute("DELETE FROM broker.messages")
     (result,) = await working
@@ -376,7 +376,7 @@ async def test_two_delete_batches_with_the_same_receipts_in_opposite_orders_neve
         await send(one, 20)
         held = (await take(one, 20)).leases
         random.shuffle(held)
-        forwards, backwards = await asyncio.gather(messages.delete(one, held), messages.delete(two, held[::-1]))
+        forwards, backwards = await asyncio.gather(leases.delete(one, held), leases.delete(two, held[::-1]))
         assert [first is not second for first, second in zip(forwards, backwards[::-1], strict=True)] == [True] * 20
 
 
@@ -389,9 +389,9 @@ async def test_delete_extend_give_back_and_purge_in_any_order_never_deadlock(con
         held = (await take(one, 50)).leases
         orders = [random.sample(held, 40) for _ in range(3)]
         await asyncio.gather(
-            messages.delete(one, orders[0]),
-            messages.extend(two, orders[1], 0),
-            messages.give_back(three, orders[2]),
+            leases.delete(one, orders[0]),
+            leases.extend(two, orders[1], 0),
+            leases.give_back(three, orders[2]),
             queues.purge_batch(four, row[0], batch=1000 if n % 5 == 0 else 10),
         )
 
@@ -445,7 +445,7 @@ async def test_a_purge_waits_for_a_hand_out_and_removes_what_it_leased(connect: 
         purging = asyncio.ensure_future(queues.purge_batch(two, number))
         await wait_until_blocked(observer, two)
     assert await purging == 10
-    assert await messages.delete(one, held) == [False] * 4
+    assert await leases.delete(one, held) == [False] * 4
 
 
 async def test_a_full_batch_is_purged_though_others_delete_meanwhile(connect: Connect) -> None:
@@ -478,7 +478,7 @@ async def test_a_delete_waits_for_a_purge_and_answers_false(connect: Connect) ->
     number = await queue_id(one, "default")
     async with transaction(one):
         assert await queues.purge_batch(one, number) == 3
-        deleting = asyncio.ensure_future(messages.delete(two, held))
+        deleting = asyncio.ensure_future(leases.delete(two, held))
         await wait_until_blocked(observer, two)
     assert await deleting == [False] * 3
 
@@ -503,8 +503,8 @@ async def test_a_message_stored_while_its_queue_is_deleted_is_never_seen_and_the
         await take(two, 1, "short-lived")
     await queues.create(two, "short-lived", {})
     assert ids(await take(two, 1, "short-lived")) == []
-    assert (await inspection.count(two, ["short-lived"]))["short-lived"][0].total == 0
-    assert (await inspection.count_all(two)).total == 0
+    assert (await counting.count(two, ["short-lived"]))["short-lived"][0].total == 0
+    assert (await counting.count_all(two)).total == 0
     assert (await sweep_once(two)).of_deleted_queues == 1
     assert await remaining(two) == set()
 
@@ -517,8 +517,8 @@ async def test_nothing_is_handed_out_twice_by_a_queue_that_is_deleted_meanwhile(
         await two.execute("UPDATE broker.queues SET deleted_at = now() WHERE name = 'short-lived'")
     held = (await taking).leases
     assert len(held) == 3
-    assert await messages.delete(two, held) == [False] * 3
-    assert all(isinstance(result, LeaseLost) for result in await messages.extend(two, held, 9))
+    assert await leases.delete(two, held) == [False] * 3
+    assert all(isinstance(result, LeaseLost) for result in await leases.extend(two, held, 9))
 
 
 async def test_enqueue_does_not_wait_for_an_update_of_its_queue_and_goes_by_what_is_committed(
@@ -621,17 +621,17 @@ class Hammer:
 
     async def delete(self, connection: Connection, chance: random.Random) -> None:
         wanted = self.some_leases(chance)
-        results = await messages.delete(connection, wanted)
+        results = await leases.delete(connection, wanted)
         self.gone.update(lease.id for lease, result in zip(wanted, results, strict=True) if result is True)
 
     async def extend(self, connection: Connection, chance: random.Random) -> None:
-        await messages.extend(connection, self.some_leases(chance), chance.choice((0, 0.05, 30)))
+        await leases.extend(connection, self.some_leases(chance), chance.choice((0, 0.05, 30)))
 
     async def give_back(self, connection: Connection, chance: random.Random) -> None:
-        await messages.give_back(connection, self.some_leases(chance))
+        await leases.give_back(connection, self.some_leases(chance))
 
     async def look(self, connection: Connection, chance: random.Random) -> None:
-        await inspection.count(connection, ["default", "fleeting"])
+        await counting.count(connection, ["default", "fleeting"])
         await inspection.list_by_id(connection, "default", None, 50, -1)
         await messages.next_visible(connection, ["default", "fleeting"])
 

@@ -15,7 +15,7 @@ from psycopg import sql
 
 from broker.errors import InvalidReceipt
 from broker.model import NewMessage, lease_of, receipt_of, timestamp
-from broker.storage import inspection, messages
+from broker.storage import inspection, leases, messages
 from broker.storage.database import Connection, configure
 from broker.storage.messages import EnqueueCall, Stored
 from conftest import Broker, Connect, StartBroker
@@ -541,12 +541,12 @@ async def test_promise_7_what_is_given_back_is_as_it_was(connection: Connection)
     assert isinstance(stored, Stored)
     before = await inspection.get(connection, "default", f"{stored.ids[0]:016x}")
     delivery = await messages.dequeue(connection, "default", 1, None)
-    assert await messages.give_back(connection, delivery.leases) == 1
+    assert await leases.give_back(connection, delivery.leases) == 1
     after = await inspection.get(connection, "default", before.message_id)
     assert after.visible_at >= before.visible_at
     after.visible_at = before.visible_at
     assert after == before
-    assert await messages.give_back(connection, delivery.leases) == 0
+    assert await leases.give_back(connection, delivery.leases) == 0
     again = (await messages.dequeue(connection, "default", 1, None)).messages[0]
     assert again.receive_count == 1
     assert again.first_received_at != delivery.messages[0].first_received_at
@@ -559,13 +559,13 @@ async def test_promise_7_a_later_delivery_that_is_given_back_leaves_the_earlier_
     first = await messages.dequeue(connection, "default", 1, None)
     await pass_time(connection, 31)
     second = await messages.dequeue(connection, "default", 1, None)
-    await messages.give_back(connection, second.leases)
+    await leases.give_back(connection, second.leases)
     shown = await inspection.get(connection, "default", first.messages[0].message_id)
     assert shown.status == "ready"
     assert shown.receive_count == 1
     assert shown.first_received_at == second.messages[0].first_received_at
     # Nobody heard of the second delivery, and the first one's receipt stays overtaken.
-    (result,) = await messages.delete(connection, first.leases)
+    (result,) = await leases.delete(connection, first.leases)
     assert result is not True
 
 

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 from broker.model import FRESH, RETURNED, Lease, NewMessage
-from broker.storage import inspection, messages, queues, sweeps
+from broker.storage import counting, inspection, leases, messages, queues, sweeps
 from broker.storage.database import Connection
 from broker.storage.messages import EnqueueCall
 from conftest import Connect
@@ -150,7 +150,7 @@ async def fill(
     )
 
 
-async def leases(connection: Connection, how_many: int) -> list[Lease]:
+async def some_leases(connection: Connection, how_many: int) -> list[Lease]:
     """Return leases that run in the queue `work`, and inventions where there are not so many."""
     cursor = await connection.execute(
         """
@@ -201,12 +201,12 @@ async def check_every_statement(connection: Connection) -> None:
 
 
 async def check_known_messages(connection: Connection, n: int) -> None:
-    held = await leases(connection, n)
+    held = await some_leases(connection, n)
     new = [NewMessage('"body"', None, None, None, None)] * n
     await check_lookup(connection, n, lambda c: messages.enqueue(c, [EnqueueCall("work", new)]))
-    await check_lookup(connection, n, lambda c: messages.delete(c, held))
-    await check_lookup(connection, n, lambda c: messages.extend(c, held, 30))
-    await check_lookup(connection, n, lambda c: messages.give_back(c, held))
+    await check_lookup(connection, n, lambda c: leases.delete(c, held))
+    await check_lookup(connection, n, lambda c: leases.extend(c, held, 30))
+    await check_lookup(connection, n, lambda c: leases.give_back(c, held))
 
 
 async def check_looks(connection: Connection) -> None:
@@ -228,13 +228,13 @@ async def check_looks(connection: Connection) -> None:
     assert plan.rows(KEY) <= 101, plan
 
     async def count(c: Connection) -> None:
-        await inspection.count(c, ["work"])
-        await inspection.count_all(c)
+        await counting.count(c, ["work"])
+        await counting.count_all(c)
 
     for plan in await plans_of(connection, count):
         assert {scan.kind for scan in plan.scans} <= {"Index Scan", "Index Only Scan"}, plan
         assert {scan.index for scan in plan.scans} <= {LANE, None, KEY}, plan
-        assert plan.rows(LANE) <= 3 * (inspection.EXACT_UP_TO + 1) + 2 + 2000, plan
+        assert plan.rows(LANE) <= 3 * (counting.EXACT_UP_TO + 1) + 2 + 2000, plan
         assert plan.rows(KEY) <= 1, plan
 
 
@@ -326,6 +326,6 @@ async def test_many_queues_that_came_since_the_last_analyze_are_found_by_index(
     await table.execute("ANALYZE broker.queues")
     await table.execute("INSERT INTO broker.queues (name) SELECT 'q' || n FROM generate_series(1, 5000) n")
     await fill_a_little(table)
-    held = await leases(table, 1000)
-    for use in (lambda c: messages.delete(c, held), lambda c: messages.extend(c, held, 30)):
+    held = await some_leases(table, 1000)
+    for use in (lambda c: leases.delete(c, held), lambda c: leases.extend(c, held, 30)):
         await check_lookup(table, 1000, use)

@@ -9,7 +9,7 @@ import pytest
 
 from broker.errors import BrokerError
 from broker.model import NewMessage
-from broker.storage import inspection, messages, queues, sweeps
+from broker.storage import counting, leases, messages, queues, sweeps
 from broker.storage.database import Connection
 from broker.storage.messages import Delivery, EnqueueCall, Stored
 from broker.sweeper import Swept, sweep_once
@@ -83,7 +83,7 @@ async def test_a_message_that_expired_while_it_is_held_is_left_until_its_lease_e
     await pass_time(connection, 20)
     assert (await sweep_once(connection)).expired == {"default": 1}
     assert await remaining(connection) == {held}
-    await messages.extend(connection, delivery.leases, 30)
+    await leases.extend(connection, delivery.leases, 30)
     await pass_time(connection, 20)
     assert (await sweep_once(connection)).expired == {}
     await pass_time(connection, 20)
@@ -99,7 +99,7 @@ async def test_a_delayed_message_that_expires_before_it_is_visible_is_removed_wh
     new = [NewMessage("1", None, None, 100, 10)]
     await messages.enqueue(connection, [EnqueueCall("default", new)])
     await pass_time(connection, 50)
-    assert (await inspection.count(connection, ["default"]))["default"][0].total == 0
+    assert (await counting.count(connection, ["default"]))["default"][0].total == 0
     await pass_time(connection, 51)
     assert (await sweep_once(connection)).expired == {"default": 1}
 
@@ -148,8 +148,8 @@ async def test_an_ended_lease_is_counted_once_by_whichever_sweeper_comes(connect
 async def test_what_was_deleted_or_given_back_is_no_ended_lease(connection: Connection) -> None:
     await send(connection, 3)
     delivery = await take(connection, 3)
-    await messages.delete(connection, delivery.leases[:1])
-    await messages.give_back(connection, delivery.leases[1:2])
+    await leases.delete(connection, delivery.leases[:1])
+    await leases.give_back(connection, delivery.leases[1:2])
     await pass_time(connection, 31)
     await connection.execute("UPDATE broker.sweeps SET ended_leases_seen_until = now() - interval '31 s'")
     assert (await sweep_once(connection)).ended_leases == {"default": 1}

@@ -244,7 +244,8 @@ async def test_a_delay_that_runs_out_wakes_a_consumer_at_once(pair: tuple[Broker
 
 
 async def test_each_of_several_delays_wakes_a_consumer_at_once(pair: tuple[Broker, Broker]) -> None:
-    parked = [await park(pair[0], "default") for _ in range(3)]
+    # They take more than there is, so none of them wakes the next.
+    parked = [await park(pair[0], "default", max_messages=10) for _ in range(3)]
     began_at = time.monotonic()
     delays = [0.2, 0.9, 1.6]
     await asyncio.gather(*(pair[n % 2].call("enqueue", body=n, delay=delay) for n, delay in enumerate(delays)))
@@ -490,6 +491,19 @@ async def test_a_client_that_hangs_up_between_lease_and_answer_takes_nothing(
     await until_untouched(pair[0], "q")
 
 
+async def test_a_client_that_hangs_up_before_the_event_loop_can_see_it_takes_nothing(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Broker, Broker]
+) -> None:
+    """It hangs up in the moment in which its call has been counted and is about to be answered."""
+    await pair[0].call("create_queue", queue="q")
+    await pair[0].call("enqueue", queue="q", body=1)
+    client = connect_raw(pair[0])
+    monkeypatch.setattr(pair[0].server.metrics, "call_ended", lambda *_: client.close())
+    client.sendall(request({"queue": "q"}))
+    await until(lambda: client.fileno() == -1, "it has hung up")
+    await until_untouched(pair[0], "q")
+
+
 async def test_a_client_that_hangs_up_in_the_middle_of_its_answer_takes_nothing(
     pair: tuple[Broker, Broker], connection: Connection
 ) -> None:
@@ -535,16 +549,21 @@ async def test_a_client_that_hangs_up_in_a_batch_of_several_dequeues_takes_nothi
 async def test_a_consumer_that_hangs_up_when_it_is_woken_passes_the_wake_up_on(
     pair: tuple[Broker, Broker], database_url: str
 ) -> None:
-    """It hangs up some turns of the event loop after it was woken, each time one more."""
+    """It hangs up some turns of the event loop before it is woken or after, each time one more."""
     with psycopg.connect(database_url, autocommit=True) as inserter:
-        for turns in range(10):
+        for turns in range(-6, 10):
             client = await park_raw(pair[0], {"wait": 60})
             parked = await park(pair[0], "default")
             inserter.execute(INSERT, {"queue": "default", "count": 1, "body": str(turns)})
-            pair[0].server.waiting.hear(News("default", 0.0, 1))
-            for _ in range(turns):
+            steps: list[Callable[[], None]] = [
+                client.close,
+                lambda: pair[0].server.waiting.hear(News("default", 0.0, 1)),
+            ]
+            first, second = steps if turns < 0 else reversed(steps)
+            first()
+            for _ in range(abs(turns)):
                 await asyncio.sleep(0)
-            client.close()
+            second()
             assert await seconds_until_done(parked) < SOON
             (message,) = parked.result()
             assert (message["body"], message["receive_count"]) == (turns, 1)

@@ -1,12 +1,10 @@
-"""Looking inside: count, list, show, and change single messages. Nothing here leases anything.
+"""Looking inside: list, show, and change single messages. Nothing here leases anything.
 
 A message that has expired and is held by nobody is invisible here too, swept or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -21,7 +19,6 @@ from broker.errors import (
 )
 from broker.model import (
     MAX_BODY_BYTES_PER_ANSWER,
-    Counts,
     Lease,
     StoredMessage,
     message_id_of,
@@ -30,249 +27,7 @@ from broker.model import (
     timestamp_or_null,
 )
 from broker.storage.database import Connection
-
-# Counting stops here; what is beyond is the planner's estimate.
-EXACT_UP_TO = 10_000
-
-STATUSES = ("ready", "delayed", "leased")
-
-# The conditions that every statement below shares. Lane 0 holds what was never handed out, so what is
-# visible later there is delayed; in lane 1 it is leased, or was given back with a pause by nobody.
-_IS_ALIVE = """(
-    m.expires_at IS NULL OR m.expires_at > statement_timestamp()
-    OR (m.lane = 1 AND m.visible_at > statement_timestamp())
-)"""
-
-# One walk through each part of each lane, each at most one entry longer than what is counted exactly.
-_COUNT = (
-    """
-SELECT q.name, ready.counted, delayed.counted, leased.counted, oldest.age
-FROM broker.queues q
-CROSS JOIN LATERAL (
-    SELECT count(*) AS counted
-    FROM (
-        SELECT
-        FROM broker.messages m
-        WHERE (m.queue_id * 2::bigint + m.lane) = ANY (ARRAY[q.id * 2::bigint, q.id * 2::bigint + 1]) AND m.lane >= 0
-            AND m.visible_at <= statement_timestamp()
-            AND """
-    + _IS_ALIVE
-    + """
-        LIMIT %(limit)s
-    ) AS rows
-) AS ready
-CROSS JOIN LATERAL (
-    SELECT count(*) AS counted
-    FROM (
-        SELECT
-        FROM broker.messages m
-        WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint AND m.lane >= 0
-            AND m.visible_at > statement_timestamp()
-            AND """
-    + _IS_ALIVE
-    + """
-        LIMIT %(limit)s
-    ) AS rows
-) AS delayed
-CROSS JOIN LATERAL (
-    SELECT count(*) AS counted
-    FROM (
-        SELECT
-        FROM broker.messages m
-        WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint + 1 AND m.lane >= 0
-            AND m.visible_at > statement_timestamp()
-        LIMIT %(limit)s
-    ) AS rows
-) AS leased
-CROSS JOIN LATERAL (
-    SELECT extract(epoch FROM statement_timestamp() - least(
-        (
-            SELECT m.visible_at
-            FROM broker.messages m
-            WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint AND m.lane >= 0
-                AND m.visible_at <= statement_timestamp()
-                AND """
-    + _IS_ALIVE
-    + """
-            ORDER BY m.visible_at, m.id
-            LIMIT 1
-        ),
-        (
-            SELECT m.visible_at
-            FROM broker.messages m
-            WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint + 1 AND m.lane >= 0
-                AND m.visible_at <= statement_timestamp()
-                AND """
-    + _IS_ALIVE
-    + """
-            ORDER BY m.visible_at, m.id
-            LIMIT 1
-        )
-    ))::float8 AS age
-) AS oldest
-WHERE q.deleted_at IS NULL AND q.name = ANY (%(queues)s::text[])
-"""
-)
-
-
-async def count(connection: Connection, queues: Sequence[str]) -> dict[str, tuple[Counts, float | None]]:
-    """Return the counts of each queue, and for how many seconds its oldest ready message has been ready.
-
-    A queue that does not exist is missing. A figure is exact up to 10,000 and beyond it an estimate.
-    """
-    cursor = await connection.execute(_COUNT, {"queues": list(queues), "limit": EXACT_UP_TO + 1})
-    counted = {}
-    for name, ready, delayed, leased, age in await cursor.fetchall():
-        figures = dict(zip(STATUSES, (ready, delayed, leased), strict=True))
-        exact = max(figures.values()) <= EXACT_UP_TO
-        if not exact:
-            await _estimate(connection, name, figures)
-        counts = Counts(
-            figures["ready"], figures["delayed"], figures["leased"], total=sum(figures.values()), exact=exact
-        )
-        counted[name] = (counts, None if age is None else max(age, 0.0))
-    return counted
-
-
-_QUEUE_ID = """
-SELECT id
-FROM broker.queues
-WHERE name = %(queue)s AND deleted_at IS NULL
-"""
-
-_ESTIMATES = {
-    "ready": """
-EXPLAIN (FORMAT JSON)
-SELECT FROM broker.messages m
-WHERE m.queue_id = %(queue_id)s AND m.visible_at <= statement_timestamp()
-""",
-    "delayed": """
-EXPLAIN (FORMAT JSON)
-SELECT FROM broker.messages m
-WHERE m.queue_id = %(queue_id)s AND m.lane = 0 AND m.visible_at > statement_timestamp()
-""",
-    "leased": """
-EXPLAIN (FORMAT JSON)
-SELECT FROM broker.messages m
-WHERE m.queue_id = %(queue_id)s AND m.lane = 1 AND m.visible_at > statement_timestamp()
-""",
-}
-
-
-async def _estimate(connection: Connection, queue: str, figures: dict[str, int]) -> None:
-    """Replace the figures that were counted to their end by the planner's estimates, never less."""
-    row = await (await connection.execute(_QUEUE_ID, {"queue": queue})).fetchone()
-    if row is None:
-        return
-    for status, figure in figures.items():
-        if figure > EXACT_UP_TO:
-            estimate = await _planned_rows(connection, _ESTIMATES[status], {"queue_id": row[0]})
-            figures[status] = max(figure, estimate)
-
-
-async def _planned_rows(connection: Connection, explain: str, params: dict[str, Any]) -> int:
-    cursor = await connection.execute(explain, params)
-    row = await cursor.fetchone()
-    assert row is not None, "EXPLAIN returns one row"
-    plan = msgspec.json.decode(row[0]) if isinstance(row[0], (bytes, str, msgspec.Raw)) else row[0]
-    return int(plan[0]["Plan"]["Plan Rows"])
-
-
-# All queues: for each status a walk through the lanes of one queue after the other, given up where it is too
-# long to be exact.
-_COUNT_ALL = (
-    """
-SELECT
-    (
-        SELECT count(*)
-        FROM (
-            SELECT
-            FROM broker.queues q
-            CROSS JOIN LATERAL (
-                SELECT
-                FROM broker.messages m
-                WHERE (m.queue_id * 2::bigint + m.lane) = ANY (ARRAY[q.id * 2::bigint, q.id * 2::bigint + 1])
-                    AND m.lane >= 0
-                    AND m.visible_at <= statement_timestamp()
-                    AND """
-    + _IS_ALIVE
-    + """
-                LIMIT %(limit)s
-            ) AS of_queue
-            WHERE q.deleted_at IS NULL
-            LIMIT %(limit)s
-        ) AS rows
-    ) AS ready,
-    (
-        SELECT count(*)
-        FROM (
-            SELECT
-            FROM broker.queues q
-            CROSS JOIN LATERAL (
-                SELECT
-                FROM broker.messages m
-                WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint AND m.lane >= 0
-                    AND m.visible_at > statement_timestamp()
-                    AND """
-    + _IS_ALIVE
-    + """
-                LIMIT %(limit)s
-            ) AS of_queue
-            WHERE q.deleted_at IS NULL
-            LIMIT %(limit)s
-        ) AS rows
-    ) AS delayed,
-    (
-        SELECT count(*)
-        FROM (
-            SELECT
-            FROM broker.queues q
-            CROSS JOIN LATERAL (
-                SELECT
-                FROM broker.messages m
-                WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint + 1 AND m.lane >= 0
-                    AND m.visible_at > statement_timestamp()
-                LIMIT %(limit)s
-            ) AS of_queue
-            WHERE q.deleted_at IS NULL
-            LIMIT %(limit)s
-        ) AS rows
-    ) AS leased
-"""
-)
-
-_ESTIMATES_ALL = (
-    """
-EXPLAIN (FORMAT JSON)
-SELECT FROM broker.messages m
-WHERE m.visible_at <= statement_timestamp()
-""",
-    """
-EXPLAIN (FORMAT JSON)
-SELECT FROM broker.messages m
-WHERE m.visible_at > statement_timestamp() AND m.lane = 0
-""",
-    """
-EXPLAIN (FORMAT JSON)
-SELECT FROM broker.messages m
-WHERE m.visible_at > statement_timestamp() AND m.lane = 1
-""",
-)
-
-
-async def count_all(connection: Connection) -> Counts:
-    """Return the counts of all queues together; a figure is exact up to 10,000 and beyond it an estimate."""
-    cursor = await connection.execute(_COUNT_ALL, {"limit": EXACT_UP_TO + 1})
-    row = await cursor.fetchone()
-    assert row is not None, "a select of three figures returns one row"
-    figures = list(row)
-    exact = max(figures) <= EXACT_UP_TO
-    for place, explain in enumerate(_ESTIMATES_ALL):
-        if figures[place] > EXACT_UP_TO:
-            figures[place] = max(figures[place], await _planned_rows(connection, explain, {}))
-    ready, delayed, leased = figures
-    return Counts(ready, delayed, leased, total=sum(figures), exact=exact)
-
+from broker.storage.messages import IS_ALIVE
 
 _SHOWN = """
     m.id, m.body, m.headers, m.sender, m.receive_count, m.enqueued_at, m.first_received_at, m.visible_at,
@@ -303,7 +58,7 @@ page AS MATERIALIZED (
         WHERE m.queue_id = (SELECT id FROM queue)
             AND m.id > %(after)s
             AND """
-    + _IS_ALIVE
+    + IS_ALIVE
     + """
             AND (
                 %(status)s::text IS NULL
@@ -377,7 +132,7 @@ SELECT """
     + """
 FROM queue q
 LEFT JOIN broker.messages m ON m.queue_id = q.id AND m.id = %(id)s AND """
-    + _IS_ALIVE
+    + IS_ALIVE
     + """
 """
 )
@@ -409,7 +164,7 @@ locked AS MATERIALIZED (
             = (%(receipt_queue_id)s::int, %(receipt_id)s::bigint, %(token)s::uuid) AS is_holder
     FROM broker.messages m
     WHERE m.queue_id = (SELECT id FROM queue) AND m.id = %(id)s::bigint AND """
-    + _IS_ALIVE
+    + IS_ALIVE
     + """
     FOR UPDATE
 ),
@@ -544,50 +299,3 @@ def _refusal(message_id: str, lease: Lease | None, *, is_held: bool, is_holder: 
     if lease is None:
         return MessageLeased(message_id=message_id) if is_held else None
     return None if is_holder else LeaseLost()
-
-
-def of_status(counts: Counts, status: str) -> dict[str, Any]:
-    """Return the figure of one status."""
-    total = getattr(counts, status)
-    return {"total": total, "exact": counts.exact or total <= EXACT_UP_TO}
-
-
-_SERVER_FACTS = """
-SELECT
-    current_setting('server_version'),
-    current_setting('fsync'),
-    current_setting('full_page_writes'),
-    current_setting('synchronous_commit'),
-    current_setting('synchronous_standby_names')
-"""
-
-
-@dataclass(frozen=True)
-class ServerFacts:
-    """The PostgreSQL behind the broker, and how safe an acknowledged message is there."""
-
-    version: str
-    durability: dict[str, str]
-
-
-async def server_facts(connection: Connection) -> ServerFacts:
-    """Return the version of PostgreSQL and the settings that durability rests on."""
-    row = await (await connection.execute(_SERVER_FACTS)).fetchone()
-    assert row is not None, "the statement returns one row"
-    version, fsync, full_page_writes, synchronous_commit, standbys = row
-    if "off" in (fsync, full_page_writes) or synchronous_commit == "off":
-        level = "at_risk"
-    elif standbys and synchronous_commit != "local":
-        level = "replicated"
-    else:
-        level = "durable"
-    return ServerFacts(
-        version,
-        {
-            "level": level,
-            "fsync": fsync,
-            "full_page_writes": full_page_writes,
-            "synchronous_commit": synchronous_commit,
-            "synchronous_standby_names": standbys,
-        },
-    )

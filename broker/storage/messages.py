@@ -1,4 +1,4 @@
-"""The life of a message: enqueue, dequeue, delete, extend its lease, give it back.
+"""Messages come and are handed out: enqueue, dequeue, and when the next one will be ready.
 
 Each function is one statement, and so one transaction. Two at once:
 
@@ -22,13 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import msgspec
 
-from broker.errors import BrokerError, LeaseLost, MessageTooLarge, QueueFull, QueueNotFound
+from broker.errors import BrokerError, MessageTooLarge, QueueFull, QueueNotFound
 from broker.model import (
     FRESH,
     MAX_BODY_BYTES_PER_ANSWER,
@@ -47,6 +45,13 @@ NO_HEADERS = msgspec.Raw(b"{}")
 
 # Up to this many messages a queue's max_messages is checked by counting; beyond, by what the sweeper counted.
 COUNTED_MAX_MESSAGES = 10_000
+
+# What every statement that looks at messages shares: expired ones that nobody holds are not there. (In lane 0
+# lies what was never handed out, so nobody holds it.)
+IS_ALIVE = """(
+    m.expires_at IS NULL OR m.expires_at > statement_timestamp()
+    OR (m.lane = 1 AND m.visible_at > statement_timestamp())
+)"""
 
 # Locks: none but those of the rows it inserts. Two at once: each stores its own messages; ids are given in
 # the order of the statements, and within a statement in the order of the input. A call is stored whole or
@@ -195,7 +200,7 @@ WITH queue AS MATERIALIZED (
 first_lane AS MATERIALIZED (
     SELECT queue_id, id, visible_at, body_bytes, 1 AS place
     FROM broker.messages
-    WHERE (queue_id * 2::bigint + lane) = (SELECT id * 2::bigint + %(first_lane)s FROM queue WHERE NOT paused)
+    WHERE (queue_id * 4::bigint + lane) = (SELECT id * 4::bigint + %(first_lane)s FROM queue WHERE NOT paused)
         AND lane >= 0
         AND visible_at <= statement_timestamp()
         AND (expires_at IS NULL OR expires_at > statement_timestamp())
@@ -206,7 +211,7 @@ first_lane AS MATERIALIZED (
 second_lane AS MATERIALIZED (
     SELECT queue_id, id, visible_at, body_bytes, 2 AS place
     FROM broker.messages
-    WHERE (queue_id * 2::bigint + lane) = (SELECT id * 2::bigint + %(second_lane)s FROM queue WHERE NOT paused)
+    WHERE (queue_id * 4::bigint + lane) = (SELECT id * 4::bigint + %(second_lane)s FROM queue WHERE NOT paused)
         AND lane >= 0
         AND visible_at <= statement_timestamp()
         AND (expires_at IS NULL OR expires_at > statement_timestamp())
@@ -338,155 +343,6 @@ def _message(queue: str, row: tuple[Any, ...]) -> Message:
     )
 
 
-# Locks: the rows of the receipts, in the order of the primary key, waiting for each. Two at once with the
-# same receipt: the second waits, then finds the row gone. With a dequeue that has just leased the row anew:
-# the token is read after the lock is taken, so the old receipt has lost. The queue is read without a lock:
-# deleting a queue makes its messages gone at once, whether their rows are removed yet or not.
-_DELETE = """
-WITH wanted AS MATERIALIZED (
-    SELECT n, queue_id, id, token
-    FROM unnest(%(queue_ids)s::int[], %(ids)s::bigint[], %(tokens)s::uuid[])
-        WITH ORDINALITY AS w (queue_id, id, token, n)
-),
-locked AS MATERIALIZED (
-    SELECT
-        w.n, m.queue_id, m.id,
-        m.lease_token IS NOT DISTINCT FROM w.token AS is_newest,
-        coalesce(greatest(m.expires_at, m.visible_at) <= statement_timestamp(), false)
-            AND m.expires_at IS NOT NULL AS is_expired
-    FROM wanted w
-    JOIN broker.queues q ON q.id = ANY (ARRAY[w.queue_id]) AND q.deleted_at IS NULL
-    JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
-    ORDER BY w.queue_id, w.id
-    FOR UPDATE OF m
-),
-deleted AS (
-    DELETE FROM broker.messages m
-    USING locked l
-    WHERE m.queue_id = ANY (ARRAY[l.queue_id]) AND m.id = l.id AND l.is_newest
-)
-SELECT n, is_newest, is_expired
-FROM locked
-"""
-
-
-async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool | BrokerError]:
-    """Delete the messages of these leases; return True, False where it is already gone, or LeaseLost.
-
-    A lease that stands in the list again is False there: its first mention has deleted the message.
-    """
-    first_mention = {lease: n for n, lease in reversed(list(enumerate(leases)))}
-    results: list[bool | BrokerError] = [False] * len(leases)
-    for lease, is_newest, is_expired in await _for_leases(connection, _DELETE, list(first_mention)):
-        if is_newest or is_expired:
-            results[first_mention[lease]] = not is_expired
-        else:
-            results[first_mention[lease]] = LeaseLost()
-    return results
-
-
-# Locks and two at once: as delete. A lease that has ended is not extended, even when nobody has taken the
-# message yet: somebody may be about to.
-_EXTEND = """
-WITH wanted AS MATERIALIZED (
-    SELECT n, queue_id, id, token
-    FROM unnest(%(queue_ids)s::int[], %(ids)s::bigint[], %(tokens)s::uuid[])
-        WITH ORDINALITY AS w (queue_id, id, token, n)
-),
-locked AS MATERIALIZED (
-    SELECT w.n, m.queue_id, m.id, q.name
-    FROM wanted w
-    JOIN broker.queues q ON q.id = ANY (ARRAY[w.queue_id]) AND q.deleted_at IS NULL
-    JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
-    WHERE m.lease_token = w.token AND m.visible_at > statement_timestamp()
-    ORDER BY w.queue_id, w.id
-    FOR UPDATE OF m
-),
-extended AS (
-    UPDATE broker.messages m
-    SET visible_at = statement_timestamp() + %(visibility_timeout)s::float8 * interval '1 second'
-    FROM locked l
-    WHERE m.queue_id = ANY (ARRAY[l.queue_id]) AND m.id = l.id
-    RETURNING l.n, m.visible_at, l.name
-)
-SELECT n, visible_at, name
-FROM extended
-"""
-
-
-@dataclass(frozen=True)
-class Extended:
-    """The new end of a lease, and the queue that its message lies in."""
-
-    visible_at: datetime
-    queue: str
-
-
-async def extend(
-    connection: Connection, leases: Sequence[Lease], visibility_timeout: float
-) -> list[Extended | BrokerError]:
-    """Let these leases end `visibility_timeout` seconds from now; 0 gives the messages back at once."""
-    extended = {
-        lease: Extended(visible_at, queue)
-        for lease, visible_at, queue in await _for_leases(
-            connection, _EXTEND, list(dict.fromkeys(leases)), visibility_timeout=visibility_timeout
-        )
-    }
-    return [extended.get(lease) or LeaseLost() for lease in leases]
-
-
-# Locks: as delete. A lease that was taken anew meanwhile is left alone. The message stays in the lane of the
-# returned ones, stamped with the present, so that it is among the next to be handed out.
-_GIVE_BACK = """
-WITH wanted AS MATERIALIZED (
-    SELECT n, queue_id, id, token
-    FROM unnest(%(queue_ids)s::int[], %(ids)s::bigint[], %(tokens)s::uuid[])
-        WITH ORDINALITY AS w (queue_id, id, token, n)
-),
-locked AS MATERIALIZED (
-    SELECT w.n, m.queue_id, m.id
-    FROM wanted w
-    JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
-    WHERE m.lease_token = w.token
-    ORDER BY w.queue_id, w.id
-    FOR UPDATE OF m
-)
-UPDATE broker.messages m
-SET
-    visible_at = statement_timestamp(),
-    lease_token = NULL,
-    receive_count = m.receive_count - 1,
-    first_received_at = CASE WHEN m.receive_count > 1 THEN m.first_received_at END
-FROM locked l
-WHERE m.queue_id = ANY (ARRAY[l.queue_id]) AND m.id = l.id
-RETURNING l.n
-"""
-
-
-async def give_back(connection: Connection, leases: Sequence[Lease]) -> int:
-    """Undo deliveries that nobody heard of, `receive_count` included; return how many were undone."""
-    return len(await _for_leases(connection, _GIVE_BACK, leases))
-
-
-async def _for_leases(
-    connection: Connection, statement: str, leases: Sequence[Lease], **params: Any
-) -> list[tuple[Any, ...]]:
-    """Run a statement over distinct leases; return its rows with the lease in place of its number."""
-    if not leases:
-        return []
-    tokens: list[UUID] = [lease.token for lease in leases]
-    cursor = await connection.execute(
-        statement,
-        {
-            "queue_ids": [lease.queue_id for lease in leases],
-            "ids": [lease.id for lease in leases],
-            "tokens": tokens,
-            **params,
-        },
-    )
-    return [(leases[n - 1], *row) for n, *row in await cursor.fetchall()]
-
-
 # No locks. Rows that are ready but locked by somebody's running statement count as ready: whoever waits for
 # them looks again shortly.
 _NEXT_VISIBLE = """
@@ -496,7 +352,7 @@ SELECT
         (
             SELECT m.visible_at
             FROM broker.messages m
-            WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint AND m.lane >= 0
+            WHERE (m.queue_id * 4::bigint + m.lane) = q.id * 4::bigint AND m.lane >= 0
                 AND (m.expires_at IS NULL OR m.expires_at > greatest(m.visible_at, statement_timestamp()))
             ORDER BY m.visible_at, m.id
             LIMIT 1
@@ -504,7 +360,7 @@ SELECT
         (
             SELECT m.visible_at
             FROM broker.messages m
-            WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint + 1 AND m.lane >= 0
+            WHERE (m.queue_id * 4::bigint + m.lane) = q.id * 4::bigint + 1 AND m.lane >= 0
                 AND (m.expires_at IS NULL OR m.expires_at > greatest(m.visible_at, statement_timestamp()))
             ORDER BY m.visible_at, m.id
             LIMIT 1

@@ -60,7 +60,7 @@ ended AS MATERIALIZED (
     CROSS JOIN LATERAL (
         SELECT count(*) AS messages
         FROM broker.messages m
-        WHERE (m.queue_id * 2::bigint + m.lane) = q.id * 2::bigint + 1 AND m.lane >= 0
+        WHERE (m.queue_id * 4::bigint + m.lane) = q.id * 4::bigint + 1 AND m.lane >= 0
             AND m.visible_at > s.since AND m.visible_at <= statement_timestamp()
             AND m.lease_token IS NOT NULL
     ) AS returned
