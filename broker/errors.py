@@ -82,7 +82,7 @@ class InternalError(BrokerError):
 
 
 class Unavailable(BrokerError):
-    """The database {reason}; try again in a moment."""
+    """{reason}; try again in a moment."""
 
     code = -32001
     type = "unavailable"

@@ -301,7 +301,7 @@ class Server:
         if self.runner.is_draining:
             # Many clients send head and body apart, and take an answer that comes between for a broken connection.
             await read_body(request, self.limits)
-            return unavailable(Unavailable(reason="is fine, but this broker is being stopped"))
+            return unavailable(Unavailable(reason="This broker is being stopped, its database is fine"))
         if any(each.strip().lower() != "identity" for each in request.headers.getall("Content-Encoding", [])):
             return refuse(415, InvalidRequest(reason="bodies are not compressed; leave Content-Encoding away"))
         if not is_json(request.headers.get("Content-Type", "")):

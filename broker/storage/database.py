@@ -140,7 +140,7 @@ class Database:
         try:
             await self._pool.wait(timeout)
         except PoolTimeout:
-            raise Unavailable(reason="cannot be reached") from None
+            raise Unavailable(reason="The database cannot be reached") from None
 
     async def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Let running statements end, then close every connection; what has not ended in time is cut off."""
@@ -237,7 +237,7 @@ class _Call:
         try:
             async with self._pool.connection() as connection:
                 if self._is_given_up:
-                    raise Unavailable(reason="did not answer in time")
+                    raise Unavailable(reason="The database did not answer in time")
                 self._connection, self._is_sent = connection, True
                 try:
                     return await self._operation(connection)
@@ -247,7 +247,7 @@ class _Call:
                 finally:
                     self._connection = None
         except PoolTimeout as error:
-            raise Unavailable(reason="cannot be reached") from error
+            raise Unavailable(reason="The database cannot be reached") from error
         except TooManyRequests as error:
             raise Overloaded(limit=self._max_calls, what="calls waiting for the database", retry_after=1) from error
 
@@ -260,7 +260,7 @@ class _Call:
         self._is_given_up = True
         if self._connection is not None:
             cut(self._connection)
-        return Unavailable(reason="did not answer in time", outcome=self._unknown if self._is_sent else "none")
+        return Unavailable(reason="The database did not answer in time", outcome=self._unknown if self._is_sent else "none")
 
     def _translate(self, error: psycopg.Error) -> BrokerError:
         return translate(error, sent=self._is_sent, unknown=self._unknown)
@@ -280,11 +280,11 @@ def translate(error: psycopg.Error, *, sent: bool, unknown: str) -> BrokerError:
     state = error.sqlstate or ""
     if state in CANNOT_NOW or state in LOST_RACE:
         log.warning("database cannot do it now sqlstate=%s", state)
-        return Unavailable(reason="cannot do this now")
+        return Unavailable(reason="The database cannot do this now")
     if state in UNKNOWN_OUTCOME or state.startswith("08"):
-        return Unavailable(reason="went away", outcome=unknown)
+        return Unavailable(reason="The database went away", outcome=unknown)
     if not state and isinstance(error, psycopg.OperationalError):
-        return Unavailable(reason="went away", outcome=unknown if sent else "none")
+        return Unavailable(reason="The database went away", outcome=unknown if sent else "none")
     request_id = uuid4().hex[:12]
     log.error("database refused a statement sqlstate=%s request_id=%s", state, request_id, exc_info=error)
     return InternalError(request_id=request_id, outcome="none" if state else unknown)
