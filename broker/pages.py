@@ -62,7 +62,9 @@ class Pages:
     async def readyz(self, _request: web.Request) -> web.Response:
         """Say whether calls would be served: the database answers, its schema is ours, nothing is being stopped."""
         if self._is_draining():
-            return unavailable(Unavailable(reason="This broker is being stopped, its database is fine").with_data(draining=True))
+            return unavailable(
+                Unavailable(reason="This broker is being stopped, its database is fine").with_data(draining=True)
+            )
         try:
             newest = await self._database.read(migrate.newest_applied)
             facts = await self._database.read(durability.server_facts)
@@ -70,7 +72,9 @@ class Pages:
             return unavailable(error.with_data(database="unavailable", draining=False))
         if newest < migrate.available_migrations()[-1][0]:
             return unavailable(
-                Unavailable(reason="The database is not migrated").with_data(database="ok", migrations=newest, draining=False)
+                Unavailable(reason="The database is not migrated").with_data(
+                    database="ok", migrations=newest, draining=False
+                )
             )
         return web.json_response(
             {

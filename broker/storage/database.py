@@ -260,7 +260,9 @@ class _Call:
         self._is_given_up = True
         if self._connection is not None:
             cut(self._connection)
-        return Unavailable(reason="The database did not answer in time", outcome=self._unknown if self._is_sent else "none")
+        return Unavailable(
+            reason="The database did not answer in time", outcome=self._unknown if self._is_sent else "none"
+        )
 
     def _translate(self, error: psycopg.Error) -> BrokerError:
         return translate(error, sent=self._is_sent, unknown=self._unknown)
