@@ -13,8 +13,10 @@ WITHOUT_SQL = tests/test_connections.py tests/test_docs.py tests/test_packaging.
 VENV = .venv
 PY = $(VENV)/bin/python
 
-# Its name says where and from what was installed; it is written last, so a half-done install leaves none.
+# Its name says where and from what was installed; it is written last, so a half-done install leaves none. It does
+# not count where the Python went away that .venv was made with.
 INSTALLED := $(VENV)/.installed-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
+$(shell [ -x $(PY) ] || rm -f $(VENV)/.installed-*)
 
 # PostgreSQL's wheel decides which Python is too new; one that is named need not care.
 FIND_PYTHON = for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
@@ -73,7 +75,7 @@ clean: ## Remove what was installed, built or left by tests and demo
 	@rm -rf $(VENV) .demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): setup.cfg pyproject.toml
+$(INSTALLED):
 	@rm -f $(VENV)/.installed-*
 	@$(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		python=$$($(FIND_PYTHON)) && echo "Making $(VENV) with $$("$$python" --version)" && \

@@ -26,7 +26,7 @@ import aiohttp
 import psycopg
 import pytest
 
-from broker.embedded import EmbeddedPostgres
+from broker.embedded import EmbeddedPostgres, conninfo_of_running
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
@@ -292,6 +292,17 @@ async def test_a_broker_that_is_being_stopped_says_so_and_answers_what_is_under_
         async with http.post(f"{broker.url}/rpc", json={"jsonrpc": "2.0", "id": 1, "method": "enqueue"}) as refused:
             assert refused.status == 503
             assert refused.headers["Retry-After"]
+        with socket.create_connection(("127.0.0.1", int(broker.url.rsplit(":", 1)[1]))) as slow:
+            # Who sends head and body apart must not be answered between: many take that for a broken connection.
+            slow.sendall(b"POST /rpc HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            slow.sendall(b"Content-Length: 2\r\n\r\n")
+            assert (await status_of(http, f"{broker.url}/livez"))[0] == 200
+            slow.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                slow.recv(1)
+            slow.sendall(b"{}")
+            loop = asyncio.get_running_loop()
+            assert (await asyncio.wait_for(loop.sock_recv(slow, 100), DEADLINE)).startswith(b"HTTP/1.1 503 ")
         assert not under_way.done()
         holder.commit()
     assert (await asyncio.wait_for(under_way, DEADLINE))["duplicate"] is False
@@ -388,6 +399,30 @@ def pause(data_dir: Path, number: int) -> None:
             os.kill(pid, number)
 
 
+async def test_the_outcome_of_a_call_whose_connection_breaks_is_unknown_and_of_a_reading_one_none(
+    start: Start, data_dir: Path, http: aiohttp.ClientSession
+) -> None:
+    """Both wait for a lock when PostgreSQL is killed."""
+    broker = await (await start("--data-dir", str(data_dir))).ready()
+    conninfo = conninfo_of_running(data_dir)
+    assert conninfo is not None
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE ANY (ARRAY[%s, %s])"
+    connect = psycopg.connect
+    with contextlib.closing(connect(conninfo)) as holder, contextlib.closing(connect(conninfo)) as watcher:
+        watcher.autocommit = True
+        holder.execute("LOCK TABLE broker.messages")
+        writing = asyncio.create_task(answer(http, broker.url, "enqueue", body=1))
+        reading = asyncio.create_task(answer(http, broker.url, "list_messages", queue="default"))
+        patterns = ("%WITH input AS%", "%page AS MATERIALIZED%")
+        await until(lambda: watcher.execute(waits, patterns).fetchone() == (2,))
+        for pid in reversed(postgres_pids(data_dir)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for task, outcome in ((writing, "unknown"), (reading, "none")):
+            error = (await asyncio.wait_for(task, DEADLINE))["error"]
+            assert (error["code"], error["data"]["outcome"]) == (-32001, outcome)
+
+
 async def test_calls_to_a_database_that_hangs_are_answered_in_time_and_served_when_it_goes_on(
     start: Start, data_dir: Path, http: aiohttp.ClientSession
 ) -> None:
@@ -406,6 +441,9 @@ async def test_calls_to_a_database_that_hangs_are_answered_in_time_and_served_wh
     ]
     pause(data_dir, signal.SIGSTOP)
     try:
+        # It is sent on the idle connection of the pool, and will be carried out when PostgreSQL goes on.
+        in_doubt = await answer(http, broker.url, "enqueue", body="in doubt")
+        assert (in_doubt["error"]["code"], in_doubt["error"]["data"]["outcome"]) == (-32001, "unknown")
         for _ in range(3):  # more than there are connections
             began_at = time.monotonic()
             answers = await asyncio.gather(*(answer(http, broker.url, method, **params) for method, params, _ in calls))
