@@ -117,12 +117,11 @@ async def locked(database_url: str, table: str) -> AsyncIterator[psycopg.AsyncCo
         await connection.rollback()
 
 
-async def blocked_statements(connection: psycopg.AsyncConnection[Any]) -> int:
-    """Return how many statements of this database wait for a lock."""
+async def blocked_enqueues(connection: psycopg.AsyncConnection[Any]) -> list[int]:
+    """Return the backends of this database in which an `enqueue` waits for a lock; services may wait too."""
+    await connection.execute("SELECT pg_stat_clear_snapshot()")
     cursor = await connection.execute(
-        "SELECT count(*) FROM pg_locks WHERE NOT granted AND database ="
-        " (SELECT oid FROM pg_database WHERE datname = current_database())"
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        " AND query LIKE '%INSERT INTO broker.messages%'"
     )
-    row = await cursor.fetchone()
-    assert row is not None
-    return int(row[0])
+    return [pid for (pid,) in await cursor.fetchall()]

@@ -27,7 +27,7 @@ import broker as package
 from broker.rpc import nesting
 from broker.server import Server
 from conftest import Broker, StartBroker, server_in_a_thread
-from outside import PATIENCE, blocked_statements, eventually, locked, request, send, without_database
+from outside import PATIENCE, blocked_enqueues, eventually, locked, request, send, without_database
 
 Json = dict[str, Any]
 DOCUMENT: Json = json.loads((Path(package.__file__).parent / "rpc_schema.json").read_text("utf-8"))
@@ -1032,8 +1032,9 @@ async def test_a_call_that_the_database_does_not_answer_in_time_may_have_been_do
 async def test_a_call_whose_connection_is_cut_may_have_been_done(broker: Broker, database_url: str) -> None:
     async with locked(database_url, "broker.queues") as connection:
         writing = asyncio.create_task(broker.error("enqueue", body=1))
-        await eventually(lambda: blocked_statements(connection))
-        await connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+        await eventually(lambda: blocked_enqueues(connection))
+        (backend,) = await blocked_enqueues(connection)
+        await connection.execute("SELECT pg_terminate_backend(%s)", [backend])
         error = await writing
     assert (error["code"], error["data"]["outcome"]) == (-32001, "unknown")
     assert (await broker.call("count_messages"))["total"] == 0
@@ -1046,7 +1047,7 @@ async def test_a_call_too_many_for_the_database_is_overloaded_and_the_others_are
     broker: Broker = await start_broker(max_calls=1, database_connections=1)
     async with locked(database_url, "broker.queues") as connection:
         calls = asyncio.create_task(codes(broker, b"[" + b",".join([ENQUEUE] * 3) + b"]"))
-        await eventually(lambda: blocked_statements(connection))
+        await eventually(lambda: blocked_enqueues(connection))
         error = await broker.error("enqueue", body=1)
     assert (error["code"], error["data"]["outcome"], error["data"]["retry_after"]) == (-32002, "none", 1)
     assert await calls == [None, None, -32002]

@@ -645,7 +645,8 @@ class Hammer:
 
     async def purge(self, connection: Connection, chance: random.Random) -> None:
         number = await queue_id(connection, "default")
-        self.purged += await queues.purge_batch(connection, number, batch=chance.randint(1, 100))
+        purged = await queues.purge_batch(connection, number, batch=chance.randint(1, 100))
+        self.purged += purged  # not in one line: that would read the sum before it waits
 
     async def sweep(self, connection: Connection, chance: random.Random) -> None:
         swept = await sweep_once(connection, batch_size=50)

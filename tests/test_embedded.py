@@ -371,6 +371,7 @@ async def test_a_pid_file_that_names_a_living_stranger_stops_nobody(make: Make, 
 async def test_data_made_by_postgresql_15_are_opened_by_15_ever_after(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("BROKER_PG_BIN", raising=False)
     assert find_installation().major > 15, "nothing newer is installed that could be taken by mistake"
     monkeypatch.setenv("BROKER_PG_BIN", str(DEBIAN_15))
     first = make()

@@ -19,7 +19,7 @@ import broker as package
 from broker.server import Server
 from broker.settings import Settings
 from conftest import Broker, StartBroker
-from outside import Answer, blocked_statements, eventually, locked, request, send, without_database
+from outside import Answer, blocked_enqueues, eventually, locked, request, send, without_database
 
 DOCUMENT = json.loads((Path(package.__file__).parent / "rpc_schema.json").read_text("utf-8"))
 PAGES = ["/", "/livez", "/readyz", "/healthz", "/metrics", "/openrpc.json"]
@@ -237,7 +237,7 @@ async def test_a_draining_server_refuses_what_is_new_and_answers_what_is_under_w
         await eventually(parked)
         async with locked(database_url, "broker.queues") as connection:
             under_way = asyncio.create_task(send(server.url, request(body=enqueue)))
-            await eventually(lambda: blocked_statements(connection))
+            await eventually(lambda: blocked_enqueues(connection))
             stopping = asyncio.create_task(server.__aexit__())
 
             async def is_draining() -> bool:
