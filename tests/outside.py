@@ -99,7 +99,7 @@ def without_database(server: str, database_url: str) -> Iterator[None]:
     allow = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(allow.format(sql.Identifier(name), sql.Literal(False)))
-        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        connection.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", [name])
         try:
             yield
         finally:
@@ -122,6 +122,6 @@ async def blocked_enqueues(connection: psycopg.AsyncConnection[Any]) -> list[int
     await connection.execute("SELECT pg_stat_clear_snapshot()")
     cursor = await connection.execute(
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        " AND query LIKE '%INSERT INTO broker.messages%'"
+        " AND query LIKE '%WITH input AS MATERIALIZED%'"
     )
     return [pid for (pid,) in await cursor.fetchall()]

@@ -24,7 +24,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
 from psycopg.pq import Format
-from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
 
@@ -38,8 +38,9 @@ log = logging.getLogger("broker.database")
 CONNECT_TIMEOUT_SECONDS = 5
 # At the end, how long statements may still take, and then the pool to close.
 CLOSE_SECONDS = 0.5
-# The pool's pause between two attempts to connect doubles up to this; then the next call tries afresh.
-RECONNECT_TIMEOUT_SECONDS = 3
+# The pool doubles its pauses between attempts to connect, from a second on. It is made to give up before, and then
+# asked again, so that a database that is back is found within half a second.
+RECONNECT_TIMEOUT_SECONDS = 0.25
 ATTEMPTS_AFTER_DEADLOCK = 3
 
 # Plans must not depend on what the table looked like when a statement was first prepared, or when it was last
@@ -91,15 +92,19 @@ async def configure(connection: Connection) -> None:
         await connection.execute(sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
 
 
-async def check_still_connected(connection: Connection) -> None:
-    """Raise where the server has closed an idle connection; costs one system call where it has not.
+def is_lost(connection: Connection) -> bool:
+    """Whether the server has closed an idle connection; costs one system call where it has not.
 
     An idle connection has nothing to read. If it has, the server said goodbye, or sent a notice.
     """
     poll = select.poll()
-    poll.register(connection.fileno(), select.POLLIN)
-    if poll.poll(0):
-        await AsyncConnectionPool.check_connection(connection)
+    try:
+        poll.register(connection.fileno(), select.POLLIN)
+        while poll.poll(0):
+            connection.pgconn.consume_input()
+    except psycopg.Error:
+        return True
+    return connection.closed
 
 
 class Database:
@@ -118,6 +123,7 @@ class Database:
         self.max_calls = max_calls
         self._under_way: dict[asyncio.Task[Any], _Call] = {}
         self._services: WeakSet[Connection] = WeakSet()
+        self._reconnecting: asyncio.Task[None] | None = None
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             conninfo,
             connection_class=AsyncConnection[tuple[Any, ...]],
@@ -129,7 +135,7 @@ class Database:
             max_idle=60,
             reconnect_timeout=RECONNECT_TIMEOUT_SECONDS,
             configure=configure,
-            check=check_still_connected,
+            reconnect_failed=self._try_again,
             name="wonderq",
             open=False,
         )
@@ -149,6 +155,21 @@ class Database:
         for call in self._under_way.values():
             call.give_up()
         await self._pool.close(timeout)
+
+    def _try_again(self, _: AsyncConnectionPool[Connection]) -> None:
+        if self._reconnecting is None or self._reconnecting.done():
+            self._reconnecting = asyncio.create_task(self._reconnect())
+
+    async def _reconnect(self) -> None:
+        """Ask for a connection until there is one: the pool tries to make one whenever it is asked."""
+        while True:
+            try:
+                async with self._pool.connection(timeout=2 * RECONNECT_TIMEOUT_SECONDS):
+                    return
+            except PoolTimeout:
+                continue
+            except (PoolClosed, TooManyRequests):
+                return
 
     async def connect(self) -> Connection:
         """Return a connection of its own, for a service; the caller closes it."""
@@ -235,21 +256,30 @@ class _Call:
     async def _attempt(self) -> Any:
         self._is_sent = False
         try:
-            async with self._pool.connection() as connection:
-                if self._is_given_up:
-                    raise Unavailable(reason="The database did not answer in time")
-                self._connection, self._is_sent = connection, True
-                try:
-                    return await self._operation(connection)
-                except psycopg.errors.ReadOnlySqlTransaction:
-                    await connection.close()  # a primary that was demoted: the next one is found by connecting
-                    raise
-                finally:
-                    self._connection = None
+            while True:
+                async with self._pool.connection() as connection:
+                    if self._is_given_up:
+                        raise Unavailable(reason="The database did not answer in time")
+                    # The pool's own check would pause longer and longer between the connections that a restart
+                    # of the server has left behind. The pool replaces what is closed.
+                    if is_lost(connection):
+                        await connection.close()
+                        continue
+                    return await self._use(connection)
         except PoolTimeout as error:
             raise Unavailable(reason="The database cannot be reached") from error
         except TooManyRequests as error:
             raise Overloaded(limit=self._max_calls, what="calls waiting for the database", retry_after=1) from error
+
+    async def _use(self, connection: Connection) -> Any:
+        self._connection, self._is_sent = connection, True
+        try:
+            return await self._operation(connection)
+        except psycopg.errors.ReadOnlySqlTransaction:
+            await connection.close()  # a primary that was demoted: the next one is found by connecting
+            raise
+        finally:
+            self._connection = None
 
     def give_up(self) -> Unavailable:
         """Cut the connection, so that the statement ends for us now; return the error to raise.
