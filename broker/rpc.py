@@ -87,6 +87,11 @@ _read_string = msgspec.json.Decoder(str).decode
 _encode = msgspec.json.Encoder().encode
 
 
+# Of a batch that is too deep for the parser only this much is taken apart by us.
+_SPLIT_BYTES = 2**20
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]+|[\]}]+|,', re.DOTALL)
+
+
 def check_methods(schemas: Mapping[str, MethodSchema], methods: Mapping[str, Method]) -> None:
     """Raise SchemaError, naming the culprit, where schema and functions disagree.
 
@@ -244,7 +249,7 @@ def _elements(text: bytes) -> list[Raw] | None:
         if _TOO_MANY_SMALL.match(text):
             _read_any(text)
             raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls")
-        elements = _read_elements(text)
+        elements = _read_batch(text)
     except UnicodeDecodeError as error:
         raise ParseError(reason=f"byte {error.start} is not UTF-8") from None
     except msgspec.DecodeError as error:
@@ -258,7 +263,44 @@ def _elements(text: bytes) -> list[Raw] | None:
     return elements
 
 
+def _read_batch(text: bytes) -> list[Raw]:
+    try:
+        return _read_elements(text)
+    except RecursionError:
+        return _split(text)
+
+
+def _split(text: bytes) -> list[Raw]:
+    """Return the elements of a batch that is nested too deep for the parser; those that are not to blame are read.
+
+    Raises InvalidRequest where the text is too long to be taken apart here, which takes ten times as long.
+    """
+    if len(text) > _SPLIT_BYTES:
+        raise _too_deep()
+    elements = []
+    depth = 0
+    begins_at = text.index(b"[") + 1
+    for found in _STRUCTURE.finditer(text):
+        mark, ends_at = found[0], found.end()
+        if mark[0] in b"[{":
+            depth += len(mark)
+        elif mark[0] in b"]}":
+            depth -= len(mark)
+        if (mark == b"," and depth == 1) or depth == 0:
+            element = text[begins_at : ends_at - 1]
+            begins_at = ends_at
+            # What is too deep is not parsed here and will be refused by its nesting.
+            elements.append(Raw(element) if nesting(element) > MAX_NESTING else _read_any(element))
+        if depth == 0:
+            break
+    if depth or text[begins_at:].strip(b" \t\r\n"):
+        raise ParseError(reason="its brackets do not match")
+    return elements
+
+
 def _without_prefix(message: str) -> str:
+    if message == "Input data was truncated":
+        return "it ends too early, or holds half of a surrogate pair"
     return message.removeprefix("JSON is malformed: ")
 
 
