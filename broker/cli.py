@@ -19,7 +19,7 @@ import msgspec
 import psycopg
 
 from broker import __version__, server
-from broker.client import BrokerError, Client
+from broker.client import BrokerError, Client, ConnectionFailed
 from broker.embedded import EmbeddedPostgres
 from broker.installation import EmbeddedError
 from broker.logs import configure_logs
@@ -89,7 +89,7 @@ def read_value(about: Setting, source: str, text: str) -> Any:
     if about.choices:
         limit = f"one of {', '.join(about.choices)}"
     elif about.minimum is not None and about.maximum is not None:
-        limit = f"from {about.minimum:,.12g} to {about.maximum:,.12g} {about.unit}".strip()
+        limit = f"a number from {about.minimum:,.12g} to {about.maximum:,.12g} {about.unit}".strip()
     else:
         limit = "a value that can be read, and not empty"
     try:
@@ -198,6 +198,7 @@ def takes_text(limits: str) -> bool:
 
 def read_param(name: str, limits: str, text: str) -> str:
     """Return a param's value as JSON; what is JSON already keeps its bytes. Raises click.BadParameter."""
+    name = name.replace("_", "-")
     try:
         text.encode()
         if takes_text(limits) and not (text == "null" and limits.endswith("or null")):
@@ -223,6 +224,8 @@ def call_and_print(url: str, method: str, params: dict[str, str]) -> None:
         raise click.UsageError(str(error)) from None
     try:
         result = asyncio.run(run())
+    except ConnectionFailed as error:
+        raise click.ClickException(f"{error} Is a broker running there? --url or BROKER_URL names another.") from None
     except BrokerError as error:
         raise click.ClickException(str(error)) from None
     click.echo(msgspec.json.format(result, indent=2))

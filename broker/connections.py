@@ -13,7 +13,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from http import HTTPStatus
 from typing import Any, cast
@@ -74,7 +74,9 @@ class _Refusal:
 
     @cached_property
     def body(self) -> bytes:
-        data = {"type": self.type, "retryable": self.retryable, "outcome": self.outcome}
+        data: dict[str, Any] = {"type": self.type, "retryable": self.retryable, "outcome": self.outcome}
+        if self.type == "overloaded":
+            data["retry_after"] = 1
         error = {"code": self.code, "message": self.message, "data": data}
         return json.dumps({"jsonrpc": "2.0", "error": error, "id": None}).encode()
 
@@ -386,6 +388,9 @@ class Connection(RequestHandler):
             logger.exception("request failed: method=%r path=%r", request.method, request.path)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun, so it can only be cut off")
+        if refusal is _BODY_TOO_LARGE:
+            limit = self._limits.max_body_bytes
+            refusal = replace(refusal, message=f"{refusal.message} The limit is {limit} bytes (--max-request-bytes).")
         return refusal.to_response()
 
 

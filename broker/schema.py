@@ -261,7 +261,7 @@ def describe(schema: Schema, components: Mapping[str, Schema]) -> str:
     kinds = schema.get("type")
     if isinstance(kinds, list):
         other = next(kind for kind in kinds if kind != "null")
-        return describe({**schema, "type": other}, components) + " or null"
+        return describe({**schema, "type": other}, components) + ", or null"
     if "enum" in schema:
         return "one of " + ", ".join(f'"{value}"' for value in schema["enum"])
     match kinds:

@@ -217,6 +217,7 @@ class Server:
 
     def _application(self) -> web.Application:
         application = web.Application(middlewares=[self._guard], client_max_size=self.settings.max_request_bytes)
+        application.on_response_prepare.append(name_the_server)
         application.add_routes([web.post("/rpc", self._rpc), *self.pages.routes()])
         return application
 
@@ -324,6 +325,11 @@ async def keep_up(service: Callable[[], Awaitable[None]]) -> None:
         except Exception:
             log.exception("service failed and is started again service=%s", service.__qualname__)
         await asyncio.sleep(RETRY_SECONDS)
+
+
+async def name_the_server(_: web.Request, response: web.StreamResponse) -> None:
+    """Say who answers, and not of which parts and versions it is made."""
+    response.headers["Server"] = "wonderq"
 
 
 def host_name(host: str) -> str:

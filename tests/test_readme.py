@@ -43,6 +43,5 @@ async def test_the_session_with_curl_works_when_pasted(broker: Broker) -> None:
 
 
 async def test_the_python_snippet_works_when_pasted(broker: Broker) -> None:
-    await broker.call("enqueue", body="waits already")
     snippet = block("python", "from broker.client import Client").replace(ADDRESS, broker.url)
-    assert "waits already" in await run(sys.executable, "-", text=snippet)
+    assert "{'hello': 'world'}" in await run(sys.executable, "-", text=snippet)

@@ -257,11 +257,30 @@ async def test_a_queue_with_a_large_limit_is_full_when_it_was_measured(connectio
     (refused,) = await messages.enqueue(connection, [EnqueueCall("large", new)])
     assert isinstance(refused, BrokerError)
     assert refused.type == "queue_full"
-    assert (await sweep_once(connection)).measured_queues == 0, "it is counted every ten seconds"
     await connection.execute("DELETE FROM broker.messages")
-    await connection.execute("UPDATE broker.queue_sizes SET counted_at = counted_at - interval '11 s'")
     assert (await sweep_once(connection)).measured_queues == 1
     assert len(await send(connection, 1, "large")) == 1
+
+
+async def test_the_longer_it_takes_to_count_a_queue_the_less_often_it_is_counted(connection: Connection) -> None:
+    await queues.create(connection, "large", {"max_messages": 10_000_000})
+    assert (await sweep_once(connection)).measured_queues == 1
+    await connection.execute("UPDATE broker.queue_sizes SET messages = 10000000")
+    assert (await sweep_once(connection)).measured_queues == 0
+    await connection.execute("UPDATE broker.queue_sizes SET counted_at = counted_at - interval '41 s'")
+    assert (await sweep_once(connection)).measured_queues == 1
+
+
+async def test_a_queue_with_a_large_limit_that_was_purged_takes_messages_at_once(broker: Broker) -> None:
+    limit = messages.COUNTED_MAX_MESSAGES + 1
+    await broker.call("create_queue", queue="large", max_messages=limit)
+    for _ in range(11):
+        await broker.call("enqueue_batch", queue="large", messages=[{"body": 1}] * 1000)
+    async with await broker.server.database.connect() as connection:
+        await sweeps.measure_queues(connection)
+    assert (await broker.error("enqueue", queue="large", body=1))["code"] == 1014
+    assert (await broker.call("purge_queue", queue="large"))["complete"]
+    await broker.call("enqueue", queue="large", body=1)
 
 
 async def test_measures_of_queues_that_need_none_are_forgotten(connection: Connection) -> None:

@@ -183,6 +183,13 @@ WHERE m.queue_id = ANY (ARRAY[b.queue_id]) AND m.id = b.id
 """
 
 
+# What the sweeper counted before is not so any more; until it counts anew the queue is taken for empty.
+_FORGET_SIZE = """
+DELETE FROM broker.queue_sizes
+WHERE queue_id = %(queue_id)s
+"""
+
+
 async def purge(database: Database, queue: str) -> tuple[int, bool]:
     """Remove the messages that a queue holds now, leased and delayed ones too.
 
@@ -193,7 +200,11 @@ async def purge(database: Database, queue: str) -> tuple[int, bool]:
     if row is None:
         raise QueueNotFound(queue=queue)
     queue_id, newest = row
-    return (0, True) if newest is None else await _purge_until(database, queue_id, newest)
+    if newest is None:
+        return 0, True
+    purged, complete = await _purge_until(database, queue_id, newest)
+    await database.write(lambda connection: connection.execute(_FORGET_SIZE, {"queue_id": queue_id}))
+    return purged, complete
 
 
 async def _purge_until(database: Database, queue_id: int, newest: int) -> tuple[int, bool]:
