@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -123,13 +123,42 @@ async def bytes_per_message(url: str, conninfo: str, messages: int = 20_000) -> 
     return size / messages, wal / messages
 
 
+async def durable_commit_milliseconds(conninfo: str, times: int = 500) -> float:
+    """Return the median time of the smallest transaction that has to reach the disk."""
+    taken = []
+    async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as connection:
+        for _ in range(times):
+            began_at = time.perf_counter()
+            await connection.execute("SELECT pg_logical_emit_message(true, 'benchmark', '')")
+            taken.append((time.perf_counter() - began_at) * 1000)
+    return statistics.median(taken)
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Return the CPU time that the broker and all of PostgreSQL have used, where /proc tells."""
+    used = {"broker": 0.0, "PostgreSQL": 0.0}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+            fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
+            who = "broker" if b"-m broker serve" in command else "PostgreSQL" if b"postgres" in command else None
+            if who is not None:
+                used[who] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
 async def measure(url: str, conninfo: str, seconds: float) -> None:
     async with Client(url) as client:
         for queue in ("single", "life", "batch", "parked", "size"):
             await client.create_queue(queue)
     await rate(8, 1, url, life_of_batch)  # warm
     print(f"{os.cpu_count()} cores shared by clients, broker and PostgreSQL; bodies of {BODY_BYTES} bytes\n")
+    print(f"one durable commit                       {await durable_commit_milliseconds(conninfo):10.2f} ms median")
+    before, began_at = cpu_seconds(), time.perf_counter()
     print(f"enqueue, single calls, 16 clients        {await rate(16, seconds, url, enqueue_one):10,.0f} messages/s")
+    share = 100 / (time.perf_counter() - began_at)
+    shares = ", ".join(f"{who} {(used - before[who]) * share:.0f} %" for who, used in cpu_seconds().items())
+    print(f"    of one core meanwhile                {shares}")
     print(f"whole life, single calls, 16 clients     {await rate(16, seconds, url, life_of_one):10,.0f} messages/s")
     print(
         f"whole life, batches of {BATCH}, 8 clients     {await rate(8, seconds, url, life_of_batch):10,.0f} messages/s"

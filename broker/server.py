@@ -188,6 +188,8 @@ class Server:
 
     def __init__(self, conninfo: str, settings: Settings) -> None:
         self.settings = settings
+        self._checks_host = is_loopback(settings.host)
+        self._allowed_hosts = {"localhost", "127.0.0.1", *(name.lower() for name in settings.allowed_host)}
         self.metrics = Metrics()
         self.database = Database(
             conninfo,
@@ -311,10 +313,10 @@ class Server:
 
     def _is_host_allowed(self, host: str | None) -> bool:
         """Against DNS rebinding: a page of a foreign site cannot name us by that site's name."""
-        if host is None or not is_loopback(self.settings.host):
+        if host is None or not self._checks_host:
             return True
         name = host_name(host)
-        return is_loopback(name) or name in {allowed.lower() for allowed in self.settings.allowed_host}
+        return name in self._allowed_hosts or is_loopback(name)
 
 
 async def keep_up(service: Callable[[], Awaitable[None]]) -> None:
