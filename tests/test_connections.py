@@ -341,7 +341,7 @@ async def test_requests_before_a_malformed_one_are_answered() -> None:
     async with serve(PATIENT) as broker:
         reader, writer = await broker.connect()
         writer.write(post(b"one"))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: broker.runner.traffic[1] == 1)
         writer.write(b"nonsense\r\n\r\n")
         assert (await read_answer(reader)).body == b"one"
         assert (await read_answer(reader)).status == 400
