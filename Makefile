@@ -16,6 +16,7 @@ PY = $(VENV)/bin/python
 # Its name says where and from what was installed; it is written last, so a half-done install leaves none. It does
 # not count where the Python went away that .venv was made with.
 INSTALLED := $(VENV)/.installed-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
+INSTALLED_BENCH = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-bench-%)
 $(shell [ -x $(PY) ] || rm -f $(VENV)/.installed-*)
 
 # PostgreSQL's wheel decides which Python is too new; one that is named need not care.
@@ -46,6 +47,22 @@ test: $(INSTALLED) ## Run the tests
 test-postgresql: $(INSTALLED) ## Run those with SQL on another PostgreSQL (PG_BIN, default Debian's 15)
 	@$(PG_BIN)/postgres --version
 	@BROKER_PG_BIN=$(PG_BIN) $(PY) -m pytest $(WITHOUT_SQL:%=--ignore=%) $(ARGS)
+
+.PHONY: bench
+bench: $(INSTALLED_BENCH) ## Measure beside the peers that are installed, in under ten minutes; needs wrk
+	@$(PY) -m benchmarks --out benchmarks/results/bench.json $(ARGS)
+
+.PHONY: bench-flat
+bench-flat: $(INSTALLED_BENCH) ## Measure with millions of messages, in under 45 minutes
+	@$(PY) -m benchmarks --flat --out benchmarks/results/flat.json $(ARGS)
+
+.PHONY: bench-smoke
+bench-smoke: $(INSTALLED_BENCH) ## Run every benchmark for a second, so that none rots
+	@$(PY) -m benchmarks --smoke $(ARGS)
+
+.PHONY: bench-report
+bench-report: $(INSTALLED_BENCH) ## Write docs/performance.md from what was measured
+	@$(PY) -m benchmarks.report $(ARGS)
 
 .PHONY: check
 check: lint test ## Do what CI does: style, types, layers, generated docs, tests
@@ -82,4 +99,9 @@ $(INSTALLED):
 		"$$python" -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV), which may take a minute"
 	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev]'
+	@touch $@
+
+$(INSTALLED_BENCH): $(INSTALLED)
+	@echo "Installing what is measured beside"
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev,bench]'
 	@touch $@

@@ -18,7 +18,7 @@ import click
 import msgspec
 import psycopg
 
-from broker import __version__, server
+from broker import __version__, processes
 from broker.client import BrokerError, Client, ConnectionFailed
 from broker.embedded import EmbeddedPostgres
 from broker.installation import EmbeddedError
@@ -109,7 +109,7 @@ def read_value(about: Setting, source: str, text: str) -> Any:
 def serve(settings: Settings) -> None:
     """Run a broker; without --database-url with a PostgreSQL of its own."""
     configure_logs(settings.log_format)
-    sys.exit(server.run(settings))
+    sys.exit(processes.run(settings))
 
 
 @main.command("migrate")

@@ -14,11 +14,12 @@ import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from typing import Any, cast
 
 from aiohttp import hdrs, web
+from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import HttpVersion10, HttpVersion11
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
@@ -27,8 +28,11 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 logger = logging.getLogger(__name__)
 
+SERVER_NAME = "wonderq"
 # Connections beyond the limit that may wait for their 503 to be read; further ones are closed at once.
 MAX_REFUSED_CONNECTIONS = 256
+
+Guard = Callable[..., Awaitable[Any]]
 
 _EXPECTS_CONTINUE = web.RequestKey("expects_continue", bool)
 
@@ -150,15 +154,51 @@ async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
             raise BodyTooLarge
 
 
-async def send(request: web.Request, response: web.StreamResponse) -> None:
-    """Write a whole answer now, for a handler that has to know whether it could be written.
+class JsonAnswer:
+    """A 200 with a body of JSON, as a handler may return it: written in one piece, without aiohttp's response.
+
+    That one is built for everything that an answer can be, and takes as long as a small request takes otherwise.
+    """
+
+    __slots__ = ("body", "is_sent")
+
+    # What aiohttp asks of a response that it did not write itself.
+    keep_alive = True
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        self.is_sent = False
+
+    def to_bytes(self) -> bytes:
+        return (
+            f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(self.body)}\r\n"
+            f"Date: {rfc822_formatted_time()}\r\nServer: {SERVER_NAME}\r\n\r\n"
+        ).encode() + self.body
+
+    def to_response(self) -> web.Response:
+        return web.Response(body=self.body, content_type="application/json")
+
+
+def json_answer(body: bytes) -> web.StreamResponse:
+    """Return a JsonAnswer as what aiohttp takes it for."""
+    return cast(web.StreamResponse, JsonAnswer(body))
+
+
+async def send(request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
+    """Write a `json_answer` now, for a handler that has to know whether it could be written; return what to return.
 
     Raises ConnectionError where the client is gone.
     """
-    if isinstance(request.protocol, Connection):
-        request.protocol.close_after(response)
+    assert isinstance(answer, JsonAnswer)
+    connection = cast(Connection, request.protocol)
+    if connection.can_answer_in_one_piece(request):
+        await connection.write_answer(answer)
+        return cast(web.StreamResponse, answer)
+    response = answer.to_response()
+    connection.prepare_answer(response)
     await response.prepare(request)
     await response.write_eof()
+    return response
 
 
 def client_has_hung_up(request: web.Request) -> bool:
@@ -325,17 +365,55 @@ class Connection(RequestHandler):
             request_handler = self._make_error_handler(malformed)
         return super()._handle_request(request, start_time, request_handler)
 
+    def can_answer_in_one_piece(self, request: BaseRequest) -> bool:
+        """Whether nothing out of the ordinary has to be said or done with an answer."""
+        return (
+            request.version == HttpVersion11
+            and request.keep_alive
+            and request.content.is_eof()
+            and self._discarded is None
+            and not self._upgraded
+            and not self._owner.is_draining
+        )
+
+    async def write_answer(self, answer: JsonAnswer) -> None:
+        """Write an answer, unless that was done already. Raises ConnectionError where the client is gone."""
+        if answer.is_sent:
+            return
+        answer.is_sent = True
+        if self.transport is None or self.transport.is_closing():
+            raise ConnectionResetError
+        self.transport.write(answer.to_bytes())
+        if self._paused:
+            await self._drain_helper()
+
+    async def _finish_in_one_piece(self, request: BaseRequest, answer: JsonAnswer) -> tuple[web.StreamResponse, bool]:
+        request._finish()
+        try:
+            await self.write_answer(answer)
+        except ConnectionError:
+            return cast(web.StreamResponse, answer), True
+        return cast(web.StreamResponse, answer), False
+
     def finish_response(
-        self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
+        self, request: BaseRequest, resp: web.StreamResponse | JsonAnswer, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        if isinstance(resp, JsonAnswer):
+            if resp.is_sent or self.can_answer_in_one_piece(request):
+                return self._finish_in_one_piece(request, resp)
+            resp = resp.to_response()
+        if isinstance(resp, web.StreamResponse) and not resp.prepared:
+            self.prepare_answer(resp)
         if not request.content.is_eof() or (self._discarded is not None and not self._messages):
             return self._finish_and_linger(request, resp, start_time)
-        if isinstance(resp, web.StreamResponse):
-            self.close_after(resp)
         return super().finish_response(request, resp, start_time)
 
-    def close_after(self, response: web.StreamResponse) -> None:
-        """Make an answer the last one while the server is draining, unless further requests are here already."""
+    def prepare_answer(self, response: web.StreamResponse) -> None:
+        """Say who answers, and not of which parts and versions it is made.
+
+        While the server is draining an answer is the last of its connection, unless further requests are here already.
+        """
+        response.headers.setdefault("Server", SERVER_NAME)
         if self._owner.is_draining and not self._messages:
             response.force_close()
 
@@ -397,9 +475,9 @@ class Connection(RequestHandler):
 class ConnectionServer(web.Server):
     """The connections of one process, and whether it takes more."""
 
-    def __init__(self, origin: web.Server, limits: ConnectionLimits) -> None:
+    def __init__(self, origin: web.Server, limits: ConnectionLimits, guard: Guard | None) -> None:
         super().__init__(
-            origin.request_handler,
+            origin.request_handler if guard is None else partial(guard, handler=origin.request_handler),
             request_factory=origin.request_factory,
             handler_cancellation=True,
             loop=origin._loop,
@@ -420,9 +498,15 @@ class ConnectionServer(web.Server):
 
 
 class ConnectionRunner(web.AppRunner):
-    """Run an application over `Connection`s. The methods below need `setup()` to have run."""
+    """Run an application over `Connection`s. The methods below need `setup()` to have run.
 
-    def __init__(self, app: web.Application, *, limits: ConnectionLimits, **kwargs: Any) -> None:
+    `guard` is called for every request, with the application as its `handler`: a middleware that can also answer
+    in the place of the application, before its routes are looked at.
+    """
+
+    def __init__(
+        self, app: web.Application, *, limits: ConnectionLimits, guard: Guard | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(
             app,
             handler_cancellation=True,
@@ -434,9 +518,10 @@ class ConnectionRunner(web.AppRunner):
             **kwargs,
         )
         self._limits = limits
+        self._guard = guard
 
     async def _make_server(self) -> ConnectionServer:
-        return ConnectionServer(await super()._make_server(), self._limits)
+        return ConnectionServer(await super()._make_server(), self._limits, self._guard)
 
     @property
     def _connection_server(self) -> ConnectionServer:

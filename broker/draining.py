@@ -11,6 +11,8 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from broker.connections import Connection, ConnectionRunner
 
@@ -19,17 +21,27 @@ QUIET_TIME = 0.3
 POLL_INTERVAL = 0.02
 
 
-async def drain(runner: ConnectionRunner, timeout: float) -> bool:
+async def nobody_else() -> None:
+    """Wait for nobody: no other process has the port."""
+
+
+async def drain(
+    runner: ConnectionRunner, timeout: float, others_are_idle: Callable[[], Awaitable[object]] = nobody_else
+) -> bool:
     """Stop within `timeout` seconds so that no request is lost; return whether that was reached.
 
     The port stays open while earlier requests are under way (newcomers reach the application, which
-    refuses them). Then new handshakes are dropped by the kernel, while those it has completed are still
-    accepted and answered; after QUIET_TIME without a request the port and idle connections are closed.
+    refuses them), at others who serve the same port too. Then new handshakes are dropped by the kernel, while
+    those it has completed are still accepted and answered; after QUIET_TIME without a request the port and idle
+    connections are closed.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     runner.start_draining()
     await _wait_for([each for each in runner.connections if each.is_busy], deadline)
+    with suppress(TimeoutError):
+        async with asyncio.timeout_at(deadline):
+            await others_are_idle()
     for site in runner.sites:
         listeners = getattr(site._server, "sockets", None) or ()
         if not all(_drop_new_handshakes(each.fileno()) for each in listeners):

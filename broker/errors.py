@@ -40,6 +40,10 @@ class BrokerError(Exception):
             **{name: value for name, value in self.extra.items() if name != "reason"},
         }
 
+    def copy(self) -> BrokerError:
+        """Return the same error for another caller: each adds to its own."""
+        return type(self)(outcome=self.outcome, index=self.index, **self.extra)
+
     def with_data(self, **data: Any) -> BrokerError:
         """Add members to `data`; return self."""
         self.extra.update(data)

@@ -30,9 +30,10 @@ from broker.model import (
 )
 from broker.rpc import Call, Method
 from broker.settings import Settings
-from broker.storage import counting, durability, inspection, leases, messages, queues
+from broker.storage import counting, durability, inspection, leases, queues
+from broker.storage.calls import Calls
 from broker.storage.database import Database
-from broker.storage.messages import EnqueueCall, Stored
+from broker.storage.messages import Stored
 from broker.storage.notifications import News
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
@@ -46,6 +47,7 @@ class Methods:
     """What the methods stand on, and the methods themselves."""
 
     database: Database
+    calls: Calls
     waiting: WaitingRoom
     metrics: Metrics
     settings: Settings
@@ -89,10 +91,7 @@ class Methods:
         return {"messages": [_enqueued(number) for number in stored.ids]}
 
     async def _store(self, queue: str, new: Sequence[NewMessage]) -> Stored:
-        calls = [EnqueueCall(queue, new)]
-        (stored,) = await self.database.write(lambda connection: messages.enqueue(connection, calls))
-        if isinstance(stored, BrokerError):
-            raise stored
+        stored = await self.calls.enqueue(queue, new)
         self.metrics.enqueued.inc(len(stored.ids))
         self.waiting.tell(News(queue, stored.shortest_delay, len(stored.ids)))
         return stored
@@ -117,18 +116,14 @@ class Methods:
         return {"messages": taken.messages}
 
     async def delete(self, call: Call, receipt: str) -> dict[str, Any]:
-        lease = lease_of(receipt)
-        (deleted,) = await self.database.write(lambda connection: leases.delete(connection, [lease]))
+        (deleted,) = await self.calls.delete([lease_of(receipt)])
         if isinstance(deleted, BrokerError):
             raise deleted
         self.metrics.deleted.inc(deleted)
         return {"deleted": deleted}
 
     async def delete_batch(self, call: Call, receipts: Sequence[str]) -> dict[str, Any]:
-        results = await self._for_receipts(
-            receipts,
-            lambda held: self.database.write(lambda connection: leases.delete(connection, held)),
-        )
+        results = await self._for_receipts(receipts, self.calls.delete)
         self.metrics.deleted.inc(sum(result is True for result in results))
         return {
             "results": [
@@ -157,7 +152,7 @@ class Methods:
         }
 
     async def _extend(self, held: Sequence[Lease], visibility_timeout: float) -> list[leases.Extended | BrokerError]:
-        results = await self.database.write(lambda connection: leases.extend(connection, held, visibility_timeout))
+        results = await self.calls.extend(held, visibility_timeout)
         if visibility_timeout < SHORT_LEASE_SECONDS:
             for result in results:
                 if not isinstance(result, BrokerError):
@@ -207,7 +202,8 @@ class Methods:
         counted = await self.database.read(lambda connection: counting.count(connection, names))
         page = [each for each in page if each.queue in counted]
         for each in page:
-            each.counts, each.oldest_ready_age = counted[each.queue]
+            each.counts = counted[each.queue].counts
+            each.oldest_ready_age = counted[each.queue].oldest_ready_age
         return page
 
     async def purge_queue(self, call: Call, queue: str) -> dict[str, Any]:
@@ -221,13 +217,13 @@ class Methods:
 
     async def count_messages(self, call: Call, queue: str | None, status: str | None) -> Counts | dict[str, Any]:
         if queue is None:
-            counts = await self.database.read(counting.count_all)
+            counted = await self.database.read(counting.count_all)
         else:
-            counted = await self.database.read(lambda connection: counting.count(connection, [queue]))
-            if queue not in counted:
+            found = await self.database.read(lambda connection: counting.count(connection, [queue]))
+            if queue not in found:
                 raise QueueNotFound(queue=queue)
-            counts, _ = counted[queue]
-        return counts if status is None else counting.of_status(counts, status)
+            counted = found[queue]
+        return counted.counts if status is None else counted.of_status(status)
 
     async def list_messages(
         self, call: Call, queue: str, status: str | None, limit: int, after: str | None

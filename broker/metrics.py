@@ -1,12 +1,28 @@
 """The broker's metrics in the text format of Prometheus.
 
-Counters are of this process; gauges of queues are read from the database when somebody asks.
+Counters and gauges are of this broker, summed over its processes where it has several; gauges of queues are read
+from the database when somebody asks.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from broker.model import Counts
 
@@ -15,10 +31,24 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 MAX_QUEUES_SHOWN = 100
 
 
-class Metrics:
-    """Every metric of one broker process."""
+# The times at which counters were made: no process knows them of all, and nobody asks.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
-    def __init__(self) -> None:
+
+def share_metrics(folder: Path, worker: int) -> None:
+    """Keep the metrics of this process, from now on, in files of a folder where all workers have theirs.
+
+    The files are mapped into memory, so that what was counted outlives a worker that is killed. They bear its number
+    and not its pid: the worker that takes its place counts on from there, and says anew what its gauges are.
+    """
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
+
+
+class Metrics:
+    """Every metric of one broker; of this process alone where none was told of the folder that they share."""
+
+    def __init__(self, folder: Path | None = None) -> None:
         self.registry = CollectorRegistry()
         self.calls = Counter(
             "wonderq_calls",
@@ -33,6 +63,15 @@ class Metrics:
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 30, 90),
             registry=self.registry,
         )
+        self.statements = Counter(
+            "wonderq_statements", "Statements that carried calls, one commit each.", ["call"], registry=self.registry
+        )
+        self.gathered_calls = Counter(
+            "wonderq_gathered_calls",
+            "Calls that these statements carried: divided by them, how many share a commit.",
+            ["call"],
+            registry=self.registry,
+        )
         self.enqueued = self._counter("wonderq_messages_enqueued", "Messages stored.")
         self.delivered = self._counter("wonderq_messages_delivered", "Messages handed out.")
         self.deleted = self._counter("wonderq_messages_deleted", "Messages deleted by clients.")
@@ -41,38 +80,72 @@ class Metrics:
             "wonderq_leases_ended", "Leases seen to end undeleted, and not taken again before they were seen."
         )
         self.sweeps = Counter("wonderq_sweeps", "Sweeps by outcome.", ["outcome"], registry=self.registry)
-        self.waiting = Gauge("wonderq_waiting_consumers", "Consumers that wait for a message.", registry=self.registry)
-        self.connections = Gauge("wonderq_client_connections", "Open client connections.", registry=self.registry)
-        self._messages = Gauge(
-            "wonderq_queue_messages",
-            "Messages by queue and status; an estimate above 10,000.",
-            ["queue", "status"],
-            registry=self.registry,
-        )
-        self._oldest = Gauge(
-            "wonderq_queue_oldest_message_age_seconds",
-            "For how long the message that waits longest has been ready.",
-            ["queue"],
-            registry=self.registry,
-        )
+        self.waiting = self._gauge("wonderq_waiting_consumers", "Consumers that wait for a message.")
+        self.connections = self._gauge("wonderq_client_connections", "Open client connections.")
+        # What to call for these labels: looking them up costs more than counting.
+        self._counted_calls: dict[tuple[str, str], tuple[Callable[[], None], Callable[[float], None]]] = {}
+        self._counted_statements: dict[str, tuple[Callable[[], None], Callable[[float], None]]] = {}
+        self._queues = QueueGauges()
+        self._shown = CollectorRegistry()
+        own = self.registry
+        self._shown.register(own if folder is None else MultiProcessCollector(None, folder))  # type: ignore[no-untyped-call]
+        self._shown.register(self._queues)
 
     def _counter(self, name: str, about: str) -> Counter:
         return Counter(name, about, registry=self.registry)
 
+    def _gauge(self, name: str, about: str) -> Gauge:
+        return Gauge(name, about, registry=self.registry, multiprocess_mode="sum")
+
     def call_ended(self, method: str, outcome: str, seconds: float) -> None:
         """Count one call."""
-        self.calls.labels(method, outcome).inc()
-        self.call_seconds.labels(method).observe(seconds)
+        try:
+            count, observe = self._counted_calls[method, outcome]
+        except KeyError:
+            count, observe = self.calls.labels(method, outcome).inc, self.call_seconds.labels(method).observe
+            self._counted_calls[method, outcome] = count, observe
+        count()
+        observe(seconds)
+
+    def statement_ended(self, call: str, calls: int) -> None:
+        """Count one statement, and the calls that it carried."""
+        try:
+            count, add_calls = self._counted_statements[call]
+        except KeyError:
+            count, add_calls = self.statements.labels(call).inc, self.gathered_calls.labels(call).inc
+            self._counted_statements[call] = count, add_calls
+        count()
+        add_calls(calls)
 
     def show_queues(self, counted: dict[str, tuple[Counts, float | None]]) -> None:
         """Replace the gauges of the queues."""
-        self._messages.clear()
-        self._oldest.clear()
-        for queue, (counts, age) in counted.items():
-            for status in ("ready", "delayed", "leased"):
-                self._messages.labels(queue, status).set(getattr(counts, status))
-            self._oldest.labels(queue).set(age or 0)
+        self._queues.counted = counted
 
     def text(self) -> bytes:
         """Return everything as Prometheus reads it."""
-        return generate_latest(self.registry)
+        return generate_latest(self._shown)
+
+
+class QueueGauges:
+    """The gauges of the queues, which are the database's and so never summed over processes."""
+
+    def __init__(self) -> None:
+        self.counted: dict[str, tuple[Counts, float | None]] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        """Return them as they were counted last."""
+        messages = GaugeMetricFamily(
+            "wonderq_queue_messages",
+            "Messages by queue and status; more than 50 may be an estimate.",
+            labels=["queue", "status"],
+        )
+        oldest = GaugeMetricFamily(
+            "wonderq_queue_oldest_message_age_seconds",
+            "For how long the message that waits longest has been ready.",
+            labels=["queue"],
+        )
+        for queue, (counts, age) in self.counted.items():
+            for status in ("ready", "delayed", "leased"):
+                messages.add_metric([queue, status], getattr(counts, status))
+            oldest.add_metric([queue], age or 0)
+        return messages, oldest

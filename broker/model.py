@@ -12,7 +12,6 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
 
 import msgspec
 
@@ -39,11 +38,11 @@ class NewMessage:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One delivery of one message. `token` is random, so that a receipt cannot be guessed."""
+    """One delivery of one message. `token` is random, so that a receipt cannot be guessed: a UUID's 16 bytes."""
 
     queue_id: int
     id: int
-    token: UUID
+    token: bytes
 
 
 # A receipt is a lease in 32 bytes: queue, message, token, and a checksum, so that a receipt cut short or
@@ -55,7 +54,7 @@ _RECEIPT_LENGTH = 43
 
 def receipt_of(lease: Lease) -> str:
     """Return the receipt that names this lease: 43 characters of A-Z a-z 0-9 - _."""
-    packed = _LEASE.pack(lease.queue_id, lease.id, lease.token.bytes)
+    packed = _LEASE.pack(lease.queue_id, lease.id, lease.token)
     packed += _CHECKSUM.pack(binascii.crc32(packed))
     return urlsafe_b64encode(packed)[:_RECEIPT_LENGTH].decode()
 
@@ -74,7 +73,7 @@ def lease_of(receipt: str) -> Lease:
     if len(packed) != _LEASE.size + _CHECKSUM.size:
         raise InvalidReceipt
     queue_id, message_id, token = _LEASE.unpack_from(packed)
-    lease = Lease(queue_id, message_id, UUID(bytes=token))
+    lease = Lease(queue_id, message_id, token)
     # Decoding forgives foreign characters and spare bits; the way back does not.
     if queue_id >= 2**31 or message_id >= 2**63 or receipt_of(lease) != receipt:
         raise InvalidReceipt
@@ -99,6 +98,12 @@ def timestamp(moment: datetime) -> str:
     if moment.utcoffset() != NO_TIME:
         moment = moment.astimezone(UTC)
     return moment.isoformat(timespec="microseconds")[:26] + "Z"
+
+
+def timestamp_of_text(moment: str) -> str:
+    """As `timestamp`, of what PostgreSQL writes in a session whose DateStyle is ISO and whose zone is UTC."""
+    fraction = moment[20:-3]
+    return f"{moment[:10]}T{moment[11:19]}.{fraction:0<6}Z"
 
 
 def timestamp_or_null(moment: datetime | None) -> str | None:

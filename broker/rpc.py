@@ -1,8 +1,9 @@
 """`POST /rpc`: from the bytes of a request to the bytes of its answer.
 
 The envelope and the batch are read here, because jsonrpcserver would refuse a whole batch for one bad element;
-calling the method and its outcome go through jsonrpcserver, and only this module knows that. An `id` is
-answered with the very bytes that it came in.
+calling the method and its outcome go through jsonrpcserver, and only this module knows that. Its check of the
+params against the function's signature is left out: the schema has been checked against the signature at the start,
+and the params against the schema. An `id` is answered with the very bytes that it came in.
 
 Promises: one bad element of a batch spoils no other; whatever a method raises becomes an error of the contract
 that says nothing of the inside; what a method leased for a client that is gone is undone.
@@ -23,14 +24,14 @@ from uuid import uuid4
 
 import msgspec
 from aiohttp import web
-from jsonrpcserver.async_dispatcher import dispatch_request
+from jsonrpcserver.async_dispatcher import call as call_method
 from jsonrpcserver.request import Request as DispatchRequest
 from jsonrpcserver.result import Error, Result, Success
 from jsonrpcserver.sentinels import NOID
 from msgspec import Raw
 from oslash.either import Left
 
-from broker.connections import ConnectionLimits, client_has_hung_up, read_body, send
+from broker.connections import ConnectionLimits, client_has_hung_up, json_answer, read_body, send
 from broker.errors import (
     BrokerError,
     InternalError,
@@ -135,10 +136,10 @@ class Rpc:
                 raise ConnectionResetError
             if answer is None:
                 return web.Response(status=204)
-            response = web.Response(body=answer, content_type="application/json")
+            response = json_answer(answer)
             if undo:
                 # Written here, so that what was taken for a client that is gone is undone.
-                await send(request, response)
+                return await send(request, response)
         except asyncio.CancelledError:
             _undo(undo)
             raise
@@ -196,7 +197,7 @@ class Rpc:
 
     async def _dispatch(self, method: str, kwargs: dict[str, Any], call: Call) -> bytes:
         """Call a method through jsonrpcserver; return its result as JSON or raise its error."""
-        _, outcome = await dispatch_request(self._methods, call, DispatchRequest(method, kwargs, NOID))
+        outcome = await call_method(DispatchRequest(method, kwargs, NOID), call, self._methods[method])
         if isinstance(outcome, Left):
             raise outcome._error.data
         result: bytes = outcome._value.result
@@ -225,13 +226,6 @@ def _for_jsonrpcserver(method: Method) -> Method:
             log.exception("method failed request_id=%s", failure.extra["request_id"])
             return Error(failure.code, failure.message, failure)
 
-    # jsonrpcserver asks for the signature at every call; the schema has been checked against it already.
-    adapter.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter("call", inspect.Parameter.POSITIONAL_ONLY),
-            inspect.Parameter("params", inspect.Parameter.VAR_KEYWORD),
-        ]
-    )
     return adapter
 
 

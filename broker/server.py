@@ -3,12 +3,15 @@
 Start: PostgreSQL (its own, or the one it is told of), migrations, pool, services, HTTP; then one line on
 standard output says where it listens. Stop, on SIGTERM or SIGINT: new work is refused with 503, those who wait
 get an empty answer, what is under way is answered, then everything ends in the opposite order.
+
+This is one process; `processes` runs several on the same port.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -19,10 +22,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from typing import Any, TypeVar
 
 import psycopg
+import uvloop
 from aiohttp import web
 
 from broker.connections import ConnectionLimits, ConnectionRunner, read_body
-from broker.draining import drain
+from broker.draining import drain, nobody_else
 from broker.embedded import EmbeddedPostgres
 from broker.errors import BrokerError, InvalidRequest, Unavailable, error_answer
 from broker.installation import EmbeddedError
@@ -32,7 +36,9 @@ from broker.pages import Pages, unavailable
 from broker.rpc import Rpc
 from broker.schema import compile_methods, load_document
 from broker.settings import Settings
+from broker.sharing import BACKLOG, Share, SharedSite
 from broker.storage import durability
+from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.migrate import MigrationError, migrate
 from broker.storage.notifications import Notifications
@@ -48,8 +54,15 @@ CANCEL_SECONDS = 0.25
 UNDO_SECONDS = 1.0
 STOP_SERVICES_SECONDS = 0.5
 RETRY_SECONDS = 0.5
-# An embedded PostgreSQL that dies this often without a minute of life between is not started again.
+# How often one of several processes says what its gauges are.
+GAUGES_SECONDS = 0.5
+# An embedded PostgreSQL, or a worker, that dies this often without a long life between is not started again.
 MAX_CRASHES = 5
+LONG_LIFE_SECONDS = 60
+# What a process uses besides its connections for calls: to listen, to notify and to sweep.
+SERVICE_CONNECTIONS = 3
+
+GC_THRESHOLDS = (20_000, 20, 20)
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -65,26 +78,47 @@ class Stopped(Exception):
 
 
 class StartError(Exception):
-    """The server cannot start; the message says why and what to do."""
+    """The server cannot start, or not go on; the message says why and what to do."""
 
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError, EmbeddedError or MigrationError where it cannot."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    check_binding(settings)
+    stop = stop_on_signals()
     with contextlib.suppress(Stopped):
-        async with contextlib.AsyncExitStack() as stack:
-            conninfo = settings.database_url
-            if conninfo is None:
-                conninfo = await stack.enter_async_context(embedded_postgres(settings, stop))
-            await prepare(conninfo, settings, stop)
+        async with migrated_database(settings, stop) as conninfo, contextlib.AsyncExitStack() as stack:
             server = await unless_stopped(stop, stack.enter_async_context(Server(conninfo, settings)))
+            collect_less_garbage()
             print(f"listening on {server.url}", flush=True)  # noqa: T201
             await stop.wait()
             log.info("stopping")
+
+
+def collect_less_garbage() -> None:
+    """Make a process that has started spend its time on requests."""
+    # What lives as long as the server is not looked through again and again for what can be thrown away; and
+    # what requests leave is, less often: hardly any of it is in circles.
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+
+
+def stop_on_signals() -> asyncio.Event:
+    """Return what SIGTERM and SIGINT set from now on."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+@contextlib.asynccontextmanager
+async def migrated_database(settings: Settings, stop: asyncio.Event) -> AsyncIterator[str]:
+    """Yield how to connect to the database, the given one or one of our own, when it is ready. Raises Stopped."""
+    check_binding(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        conninfo = settings.database_url
+        if conninfo is None:
+            conninfo = await stack.enter_async_context(embedded_postgres(settings, stop))
+        await prepare(conninfo, settings, stop)
+        yield conninfo
 
 
 async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
@@ -127,7 +161,9 @@ async def embedded_postgres(settings: Settings, stop: asyncio.Event) -> AsyncIte
     # What was set for other programs must not redirect the way to our own server.
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]
-    postgres = EmbeddedPostgres(settings.data_dir)
+    used = settings.processes * (settings.database_connections + SERVICE_CONNECTIONS)
+    # A few more than are used: for tools, and for connections that are just being replaced.
+    postgres = EmbeddedPostgres(settings.data_dir, settings={"max_connections": str(max(100, used + 20))})
     conninfo = await unless_stopped(stop, postgres.start())
     log.info("embedded PostgreSQL runs data_dir=%s", settings.data_dir)
     keeper = asyncio.create_task(keep_running(postgres, stop))
@@ -148,7 +184,7 @@ async def keep_running(postgres: EmbeddedPostgres, stop: asyncio.Event) -> None:
     while True:
         began_at = time.monotonic()
         code = await postgres.wait_ended()
-        crashes = 1 if time.monotonic() - began_at > 60 else crashes + 1
+        crashes = 1 if time.monotonic() - began_at > LONG_LIFE_SECONDS else crashes + 1
         log.error("embedded PostgreSQL has ended and is started again exit_code=%s", code)
         try:
             if crashes > MAX_CRASHES:
@@ -184,20 +220,30 @@ async def prepare(conninfo: str, settings: Settings, stop: asyncio.Event) -> Non
 
 
 class Server:
-    """One broker on a migrated database: an async context manager that serves while it is entered."""
+    """One process of a broker on a migrated database: an async context manager that serves while it is entered.
 
-    def __init__(self, conninfo: str, settings: Settings) -> None:
+    `share` is what it has of a port that other processes serve as well; without, the port is its own.
+    """
+
+    def __init__(self, conninfo: str, settings: Settings, share: Share | None = None) -> None:
         self.settings = settings
+        self._share = share
         self._checks_host = is_loopback(settings.host)
         self._allowed_hosts = {"localhost", "127.0.0.1", *(name.lower() for name in settings.allowed_host)}
-        self.metrics = Metrics()
+        self.metrics = Metrics(share.metrics_folder if share else None)
         self.database = Database(
             conninfo,
             connections=settings.database_connections,
             max_calls=settings.max_calls,
             request_timeout=settings.request_timeout,
         )
-        self.waiting = WaitingRoom(self.database, max_waiting=settings.max_waiting_consumers)
+        self.calls = Calls(
+            self.database,
+            max_calls=settings.max_calls,
+            undelivered=lambda queue, delivery: self.waiting.give_back_soon(queue, delivery),
+            watch=self.metrics.statement_ended,
+        )
+        self.waiting = WaitingRoom(self.database, self.calls, max_waiting=settings.max_waiting_consumers)
         self.notifications = Notifications(self.database, self.waiting.hear, self.waiting.look_at_all)
         self.waiting.tell_others = self.notifications.tell
         self.sweeper = Sweeper(self.database, self.metrics, self.waiting.hear, interval=settings.sweep_interval)
@@ -205,7 +251,7 @@ class Server:
             max_body_bytes=settings.max_request_bytes, max_connections=settings.max_connections
         )
         document = load_document()
-        self.methods = Methods(self.database, self.waiting, self.metrics, settings, document)
+        self.methods = Methods(self.database, self.calls, self.waiting, self.metrics, settings, document)
         self.rpc = Rpc(compile_methods(document), self.methods.by_name(), self.limits, self.metrics)
         self.pages = Pages(
             self.database,
@@ -214,12 +260,13 @@ class Server:
             is_draining=lambda: self.runner.is_draining,
             read_gauges=self._read_gauges,
         )
-        self.runner = ConnectionRunner(self._application(), limits=self.limits, shutdown_timeout=CANCEL_SECONDS)
+        self.runner = ConnectionRunner(
+            self._application(), limits=self.limits, guard=self._guard, shutdown_timeout=CANCEL_SECONDS
+        )
         self._services: list[asyncio.Task[None]] = []
 
     def _application(self) -> web.Application:
-        application = web.Application(middlewares=[self._guard], client_max_size=self.settings.max_request_bytes)
-        application.on_response_prepare.append(name_the_server)
+        application = web.Application(client_max_size=self.settings.max_request_bytes)
         application.add_routes([web.post("/rpc", self._rpc), *self.pages.routes()])
         return application
 
@@ -227,11 +274,15 @@ class Server:
         self.metrics.waiting.set(self.waiting.waiting)
         self.metrics.connections.set(len(self.runner.connections))
 
+    async def _show_gauges(self) -> None:
+        while True:
+            self._read_gauges()
+            await asyncio.sleep(GAUGES_SECONDS)
+
     @property
     def url(self) -> str:
         """Where it listens."""
-        host, port = self.runner.addresses[0][:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return url_of(self.runner.addresses[0])
 
     async def __aenter__(self) -> Server:
         try:
@@ -244,23 +295,32 @@ class Server:
     async def _start(self) -> None:
         await self.database.open(self.settings.startup_timeout)
         await self._say_how_durable()
-        self._services = [
-            asyncio.create_task(keep_up(service))
-            for service in (self.notifications.run, self.waiting.run, self.sweeper.run)
-        ]
         await self.runner.setup()
+        services = [self.notifications.run, self.waiting.run, self.sweeper.run, self.calls.low_water.run]
+        if self._share is not None:
+            services.append(self._show_gauges)
+        self._services = [asyncio.create_task(keep_up(service)) for service in services]
+        await self._listen()
+
+    async def _listen(self) -> None:
+        if self._share is not None:
+            for listener in self._share.listeners:
+                await SharedSite(self.runner, listener, self._share).start()
+            return
         try:
-            await web.TCPSite(self.runner, self.settings.host, self.settings.port, backlog=1024).start()
+            await web.TCPSite(self.runner, self.settings.host, self.settings.port, backlog=BACKLOG).start()
         except OSError as error:
-            raise StartError(
-                f"Cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror}. Choose another --port;"
-                " 0 picks a free one."
-            ) from error
+            raise cannot_listen(self.settings, error) from error
+
+    async def leave_port(self) -> None:
+        """Accept no more, so that another broker can have the port; what is under way goes on."""
+        for site in self.runner.sites:
+            await site.stop()
 
     async def __aexit__(self, *_: object) -> None:
         self.runner.start_draining()
         self.waiting.close()
-        if not await drain(self.runner, DRAIN_SECONDS):
+        if not await drain(self.runner, DRAIN_SECONDS, self._share.all_are_idle if self._share else nobody_else):
             log.warning("stopped before every request was answered")
         await self._stop()
 
@@ -285,12 +345,13 @@ class Server:
         if level == "at_risk":
             log.warning("ACKNOWLEDGED MESSAGES CAN BE LOST in a crash settings=%s", facts.durability)
 
-    @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse what no route should see, and give every refusal the body of a JSON-RPC error."""
         if not self._is_host_allowed(request.headers.get("Host")):
             reason = "the Host header names another server; add the name with --allowed-host"
             return refuse(421, InvalidRequest(reason=reason))
+        if request.raw_path == "/rpc" and request.method == "POST":
+            return await self._rpc(request)  # without the routes: nearly every request is one
         try:
             return await handler(request)
         except web.HTTPException as error:
@@ -319,6 +380,20 @@ class Server:
         return name in self._allowed_hosts or is_loopback(name)
 
 
+def cannot_listen(settings: Settings, error: OSError) -> StartError:
+    """Return the error that says that a port is not to be had."""
+    return StartError(
+        f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose another --port;"
+        " 0 picks a free one."
+    )
+
+
+def url_of(address: tuple[Any, ...]) -> str:
+    """Return the URL of a server that listens on a socket's address."""
+    host, port = address[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 async def keep_up(service: Callable[[], Awaitable[None]]) -> None:
     """Run a service until cancelled, and again where it fails in a way that it does not know itself."""
     while True:
@@ -327,11 +402,6 @@ async def keep_up(service: Callable[[], Awaitable[None]]) -> None:
         except Exception:
             log.exception("service failed and is started again service=%s", service.__qualname__)
         await asyncio.sleep(RETRY_SECONDS)
-
-
-async def name_the_server(_: web.Request, response: web.StreamResponse) -> None:
-    """Say who answers, and not of which parts and versions it is made."""
-    response.headers["Server"] = "wonderq"
 
 
 def host_name(host: str) -> str:
@@ -344,6 +414,8 @@ def host_name(host: str) -> str:
 
 def is_json(content_type: str) -> bool:
     """Whether a Content-Type is application/json, in UTF-8 if it says in what."""
+    if content_type == "application/json":
+        return True
     media_type, *parameters = (part.strip().lower() for part in content_type.split(";"))
     return media_type == "application/json" and all(
         parameter.replace('"', "") in ("", "charset=utf-8") for parameter in parameters
@@ -355,10 +427,11 @@ def refuse(status: int, error: BrokerError, headers: Mapping[str, str] | None = 
     return web.Response(status=status, body=error_answer(error), content_type="application/json", headers=headers)
 
 
-def run(settings: Settings) -> int:
+def run_to_end(serving: Coroutine[Any, Any, None]) -> int:
     """Serve; return the exit code. What stands in the way of a start is said in one line."""
     try:
-        asyncio.run(serve(settings))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serving)
     except (StartError, EmbeddedError, MigrationError, BrokerError) as error:
         print(f"wonderq: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -131,9 +131,9 @@ class Settings:
         variable="BROKER_PROCESSES",
         parse=int,
         minimum=1,
-        maximum=1,
-        help="Server processes on the port. Only 1 for now: start several brokers on one database"
-        " behind a load balancer instead.",
+        maximum=64,
+        help="Server processes on the port, each of which uses one core at most. Limits on connections, calls,"
+        " consumers and database connections are for each process.",
     )
     sweep_interval: float = setting(
         1.0,
@@ -172,7 +172,7 @@ class Settings:
         parse=int,
         minimum=1,
         maximum=200,
-        help="Connections for calls. Three more are used: to listen, to notify and to sweep.",
+        help="Connections of each process for calls. Three more are used: to listen, to notify and to sweep.",
     )
     max_request_bytes: int = setting(
         8 * 2**20,
@@ -192,7 +192,7 @@ class Settings:
         parse=int,
         minimum=1,
         maximum=1_000_000,
-        help="Client connections at one time; one more is answered 503.",
+        help="Client connections of each process at one time; one more is answered 503.",
     )
     max_calls: int = setting(
         10_000,
@@ -201,7 +201,7 @@ class Settings:
         parse=int,
         minimum=1,
         maximum=1_000_000,
-        help="Calls that may wait for a database connection; one more is `overloaded`.",
+        help="Calls that may wait for a database connection, in each process; one more is `overloaded`.",
     )
     max_waiting_consumers: int = setting(
         10_000,
@@ -210,7 +210,7 @@ class Settings:
         parse=int,
         minimum=1,
         maximum=1_000_000,
-        help="Calls of `dequeue` that may wait for a message at one time; one more is `overloaded`.",
+        help="Calls of `dequeue` that may wait for a message at one time, in each process; one more is `overloaded`.",
     )
     log_format: str = setting(
         "auto",

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from broker.errors import BrokerError, Overloaded
-from broker.model import MAX_BODY_BYTES_PER_ANSWER
 from broker.storage import leases, messages
+from broker.storage.calls import Calls
 from broker.storage.database import Database
+from broker.storage.low_water import UNKNOWN
 from broker.storage.messages import Delivery
 from broker.storage.notifications import News
 
@@ -37,11 +39,6 @@ GATHER_SECONDS = 0.005
 SHORT_LEASE_SECONDS = 2 * LOOK_SECONDS
 # A message that is ready but locked by somebody's transaction is tried again after 10 ms, 20 ms, … up to 1 s.
 RETRY_SECONDS = 0.01
-# One hand-out in so many takes fresh messages first, so that returned ones cannot starve a queue.
-FRESH_FIRST_EVERY = 8
-REMEMBERED_HAND_OUTS = 10_000
-# The most that a queue's max_message_bytes can be.
-LARGEST_BODY_BYTES = 2**20
 
 
 class Line:
@@ -100,15 +97,15 @@ class Line:
 class WaitingRoom:
     """Dequeues for consumers, and lets them wait where there is nothing yet."""
 
-    def __init__(self, database: Database, *, max_waiting: int = 10_000) -> None:
+    def __init__(self, database: Database, calls: Calls, *, max_waiting: int = 10_000) -> None:
         self._database = database
+        self._calls = calls
         self._max_waiting = max_waiting
         self._waiting = 0
         # A line is opened for the first one and forgotten at the next look at all, when nobody stands in it.
         self._lines: dict[str, Line] = {}
         self._to_look_at: set[str] = set()
         self._look_soon = asyncio.Event()
-        self._hand_outs: dict[str, int] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._is_closing = False
         self.tell_others: Callable[[News], None] = lambda _: None
@@ -166,32 +163,13 @@ class WaitingRoom:
     async def _take(
         self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool
     ) -> Delivery:
-        """Dequeue once. Where the caller is cancelled meanwhile, the statement ends and its leases are undone."""
-        count = self._hand_outs.get(queue, 0) + 1
-        taking = asyncio.ensure_future(
-            self._database.write(
-                lambda connection: messages.dequeue(
-                    connection,
-                    queue,
-                    max_messages,
-                    visibility_timeout,
-                    at_most_once=at_most_once,
-                    fresh_first=count % FRESH_FIRST_EVERY == 0,
-                )
-            )
-        )
+        """Dequeue once."""
         try:
-            delivery = await asyncio.shield(taking)
-        except asyncio.CancelledError:
-            self._in_background(self._give_back_when_taken(queue, taking))
-            raise
-        except BrokerError:
+            delivery = await self._calls.dequeue(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
+        except (BrokerError, asyncio.CancelledError):
             self._look_at(queue)  # what this one may have been woken for is somebody else's now
             raise
         if delivery.messages:
-            if len(self._hand_outs) >= REMEMBERED_HAND_OUTS:
-                self._hand_outs.clear()
-            self._hand_outs[queue] = count
             self._taken(queue, delivery, max_messages)
         return delivery
 
@@ -199,18 +177,10 @@ class WaitingRoom:
         line = self._lines.get(queue)
         if line is not None:
             line.in_vain = 0
-            if len(delivery.messages) == max_messages or fills_an_answer(delivery):
+            if len(delivery.messages) == max_messages or delivery.is_cut:
                 line.wake(1)  # there may be more
         if delivery.leases and delivery.lease_seconds < SHORT_LEASE_SECONDS:
             self.tell(News(queue, delivery.lease_seconds, len(delivery.leases)))
-
-    async def _give_back_when_taken(self, queue: str, taking: asyncio.Future[Delivery]) -> None:
-        try:
-            delivery = await taking
-        except BrokerError:
-            self._look_at(queue)
-            return
-        await self.give_back(queue, delivery)
 
     async def give_back(self, queue: str, delivery: Delivery) -> None:
         """Undo a delivery whose answer did not reach the client. Where that fails the leases end by themselves."""
@@ -283,7 +253,7 @@ class WaitingRoom:
 
     async def _look(self, queues: list[str]) -> None:
         try:
-            found = await self._database.read(lambda connection: messages.next_visible(connection, queues))
+            found = await self._next_visible(queues)
         except BrokerError as error:
             log.warning("no look at the queues reason=%s", error.type)
             return
@@ -295,6 +265,20 @@ class WaitingRoom:
                 line.wake(len(line))  # the queue is gone: they shall hear of it
             elif (seconds := found[queue]) is not None:
                 self._expect(line, seconds)
+
+    async def _next_visible(self, queues: list[str]) -> dict[str, float | None]:
+        """Ask for all these queues, from the low-water hints on or, where they are doubted, from the beginning."""
+        low_water = self._calls.low_water
+        doubted = [queue for queue in queues if low_water.is_in_doubt(queue)]
+        floors = {queue: UNKNOWN if queue in doubted else low_water.floors(queue) for queue in queues}
+        began_at = time.monotonic()
+        found = await self._database.read(lambda connection: messages.next_visible(connection, queues, floors))
+        low_water.looked_from_the_beginning(doubted, time.monotonic() - began_at)
+        for queue in doubted:
+            seconds = found.get(queue)
+            if seconds is not None and seconds <= 0:
+                low_water.forget_queue(queue)
+        return found
 
     def _expect(self, line: Line, seconds: float) -> None:
         if seconds > 0:
@@ -315,9 +299,3 @@ class WaitingRoom:
         """Finish what is to be undone for clients that hung up, as far as that is possible in so many seconds."""
         if self._background:
             await asyncio.wait(set(self._background), timeout=timeout)
-
-
-def fills_an_answer(delivery: Delivery) -> bool:
-    """Whether it may have ended because of its size: with one body more it would have been too long."""
-    size = sum(len(bytes(message.body)) for message in delivery.messages)
-    return size > MAX_BODY_BYTES_PER_ANSWER - LARGEST_BODY_BYTES

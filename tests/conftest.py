@@ -22,18 +22,28 @@ from typing import Any
 import aiohttp
 import psycopg
 import pytest
+import uvloop
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from broker.embedded import EmbeddedPostgres
+from broker.errors import QueueNotFound
 from broker.server import Server
 from broker.settings import Settings
+from broker.storage import messages
 from broker.storage.database import Connection, configure
+from broker.storage.messages import Delivery, Wanted
 from broker.storage.migrate import migrate
 
 TEMPLATE = "wonderq_test_template"
 
 _names = (f"wonderq_test_{os.getpid()}_{n}" for n in itertools.count())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run asynchronous tests on the event loop that a server runs on."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @contextmanager
@@ -198,7 +208,7 @@ async def _serve_until(stop: asyncio.Event, conninfo: str, started: Callable[[Se
 def server_in_a_thread(test_server: str) -> Iterator[Server]:
     """Yield a broker that runs in a thread of its own, on a database of its own."""
     with new_database(test_server, TEMPLATE) as conninfo:
-        loop = asyncio.new_event_loop()
+        loop = uvloop.new_event_loop()
         stop = asyncio.Event()
         started: Future[Server] = Future()
         serving = _serve_until(stop, conninfo, started.set_result)
@@ -208,6 +218,23 @@ def server_in_a_thread(test_server: str) -> Iterator[Server]:
         loop.call_soon_threadsafe(stop.set)
         thread.join(timeout=60)
         loop.close()
+
+
+async def dequeue(
+    connection: Connection,
+    queue: str,
+    max_messages: int,
+    visibility_timeout: float | None,
+    *,
+    at_most_once: bool = False,
+    fresh_first: bool = False,
+) -> Delivery:
+    """Take messages on a connection, as a broker does that knows nothing of the queue. Raises QueueNotFound."""
+    wanted = Wanted(queue, max_messages, visibility_timeout, fresh_first)
+    handed_out = await messages.hand_out(connection, [wanted], at_most_once=at_most_once)
+    if queue not in handed_out.deliveries:
+        raise QueueNotFound(queue=queue)
+    return handed_out.deliveries[queue]
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,6 @@ async def blocked_enqueues(connection: psycopg.AsyncConnection[Any]) -> list[int
     await connection.execute("SELECT pg_stat_clear_snapshot()")
     cursor = await connection.execute(
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        " AND query LIKE '%WITH input AS MATERIALIZED%'"
+        " AND query LIKE '%/* enqueue */%'"
     )
     return [pid for (pid,) in await cursor.fetchall()]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from broker import __version__, cli, server
+from broker import __version__, cli, processes
 from broker.schema import load_document
 from broker.settings import Setting, Settings, settings_table
 from conftest import Broker
@@ -188,7 +188,7 @@ VALUES: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "port": (("0", 0), ("65535", 65535)),
     "auth": (("off", "off"), ("auto", "auto")),
     "allowed_host": (("a.example", ("a.example",)), ("b, c", ("b", "c"))),
-    "processes": (("1", 1), ("1", 1)),
+    "processes": (("2", 2), ("64", 64)),
     "sweep_interval": (("0.01", 0.01), ("3600", 3600.0)),
     "request_timeout": (("0.1", 0.1), ("600", 600.0)),
     "startup_timeout": (("0", 0.0), ("86400", 86400.0)),
@@ -210,7 +210,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
         served.append(settings)
         return 0
 
-    monkeypatch.setattr(server, "run", remember)
+    monkeypatch.setattr(processes, "run", remember)
     monkeypatch.setattr(cli, "configure_logs", lambda _: None)
 
     def serve(*words: str, **env: str) -> Settings:

@@ -26,7 +26,7 @@ from broker.storage import counting, inspection, leases, messages, queues
 from broker.storage.database import Connection, Database
 from broker.storage.messages import Delivery, EnqueueCall, Stored
 from broker.sweeper import sweep_once
-from conftest import Connect
+from conftest import Connect, dequeue
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ async def send(connection: Connection, how_many: int = 1, queue: str = "default"
 
 
 async def take(connection: Connection, how_many: int = 1, queue: str = "default", **how: Any) -> Delivery:
-    return await messages.dequeue(connection, queue, how_many, None, **how)
+    return await dequeue(connection, queue, how_many, None, **how)
 
 
 def ids(delivery: Delivery) -> list[int]:
@@ -309,7 +309,9 @@ async def test_a_receipt_loses_to_a_lease_that_was_taken_since_the_snapshot(
     one, two = await connect(), await connect()
     sent = await send(two)
     held = (await take(two)).leases
-    work: Awaitable[list[Any]] = leases.delete(one, held) if statement == "delete" else leases.extend(one, held, 99)
+    work: Awaitable[list[Any]] = (
+        leases.delete(one, held) if statement == "delete" else leases.extend(one, held, [99] * len(held))
+    )
     async with gate.holding_back(one, work) as working:
         await let_leases_end(two)
         newer = await take(two)
@@ -338,7 +340,7 @@ async def test_a_lease_that_ends_before_its_extension_gets_the_row_is_not_extend
     one, two = await connect(), await connect()
     sent = await send(two)
     held = (await take(two)).leases
-    async with gate.holding_back(one, leases.extend(one, held, 99)) as extending:
+    async with gate.holding_back(one, leases.extend(one, held, [99] * len(held))) as extending:
         await let_leases_end(two)
     assert await is_lost(extending)
     assert ids(await take(two)) == sent
@@ -362,7 +364,9 @@ async def test_a_message_that_was_removed_since_the_snapshot_is_gone(
     one, two = await connect(), await connect()
     await send(two)
     held = (await take(two)).leases
-    work: Awaitable[list[Any]] = leases.delete(one, held) if statement == "delete" else leases.extend(one, held, 99)
+    work: Awaitable[list[Any]] = (
+        leases.delete(one, held) if statement == "delete" else leases.extend(one, held, [99] * len(held))
+    )
     async with gate.holding_back(one, work) as working:
         await two.execute("DELETE FROM broker.messages")
     (result,) = await working
@@ -390,7 +394,7 @@ async def test_delete_extend_give_back_and_purge_in_any_order_never_deadlock(con
         orders = [random.sample(held, 40) for _ in range(3)]
         await asyncio.gather(
             leases.delete(one, orders[0]),
-            leases.extend(two, orders[1], 0),
+            leases.extend(two, orders[1], [0] * len(orders[1])),
             leases.give_back(three, orders[2]),
             queues.purge_batch(four, row[0], batch=1000 if n % 5 == 0 else 10),
         )
@@ -503,8 +507,8 @@ async def test_a_message_stored_while_its_queue_is_deleted_is_never_seen_and_the
         await take(two, 1, "short-lived")
     await queues.create(two, "short-lived", {})
     assert ids(await take(two, 1, "short-lived")) == []
-    assert (await counting.count(two, ["short-lived"]))["short-lived"][0].total == 0
-    assert (await counting.count_all(two)).total == 0
+    assert (await counting.count(two, ["short-lived"]))["short-lived"].counts.total == 0
+    assert (await counting.count_all(two)).counts.total == 0
     assert (await sweep_once(two)).of_deleted_queues == 1
     assert await remaining(two) == set()
 
@@ -518,7 +522,7 @@ async def test_nothing_is_handed_out_twice_by_a_queue_that_is_deleted_meanwhile(
     held = (await taking).leases
     assert len(held) == 3
     assert await leases.delete(two, held) == [False] * 3
-    assert all(isinstance(result, LeaseLost) for result in await leases.extend(two, held, 9))
+    assert all(isinstance(result, LeaseLost) for result in await leases.extend(two, held, [9] * len(held)))
 
 
 async def test_enqueue_does_not_wait_for_an_update_of_its_queue_and_goes_by_what_is_committed(
@@ -609,7 +613,7 @@ class Hammer:
         await messages.enqueue(connection, [EnqueueCall("fleeting", new)])
 
     async def take(self, connection: Connection, chance: random.Random) -> None:
-        delivery = await messages.dequeue(
+        delivery = await dequeue(
             connection, "default", chance.randint(1, 40), chance.choice((0.001, 0.1, 30)),
             fresh_first=chance.random() < 0.2,
         )  # fmt: skip
@@ -625,7 +629,8 @@ class Hammer:
         self.gone.update(lease.id for lease, result in zip(wanted, results, strict=True) if result is True)
 
     async def extend(self, connection: Connection, chance: random.Random) -> None:
-        await leases.extend(connection, self.some_leases(chance), chance.choice((0, 0.05, 30)))
+        wanted = self.some_leases(chance)
+        await leases.extend(connection, wanted, [chance.choice((0, 0.05, 30)) for _ in wanted])
 
     async def give_back(self, connection: Connection, chance: random.Random) -> None:
         await leases.give_back(connection, self.some_leases(chance))

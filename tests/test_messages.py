@@ -15,10 +15,10 @@ from psycopg import sql
 
 from broker.errors import InvalidReceipt
 from broker.model import NewMessage, lease_of, receipt_of, timestamp
-from broker.storage import inspection, leases, messages
+from broker.storage import inspection, leases, low_water, messages
 from broker.storage.database import Connection, configure
 from broker.storage.messages import EnqueueCall, Stored
-from conftest import Broker, Connect, StartBroker
+from conftest import Broker, Connect, StartBroker, dequeue
 
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
@@ -28,6 +28,12 @@ async def broker(start_broker: StartBroker) -> Broker:
     """A broker whose sweeper does nothing while a test runs."""
     started: Broker = await start_broker(sweep_interval=3600)
     return started
+
+
+@pytest.fixture(autouse=True)
+def always_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let brokers find what `pass_time` has moved below their low-water hints whenever a queue seems empty."""
+    monkeypatch.setattr(low_water, "DOUBT_SHARE", 0)
 
 
 async def pass_time(connection: Connection, seconds: float) -> None:
@@ -144,7 +150,7 @@ async def test_promise_3_the_answer_lists_messages_in_hand_out_order(broker: Bro
     await take(broker, 2)
     await pass_time(connection, 31)
     await send(broker, "d")
-    delivery = await messages.dequeue(connection, "default", 4, None, fresh_first=True)
+    delivery = await dequeue(connection, "default", 4, None, fresh_first=True)
     assert [bytes(message.body) for message in delivery.messages] == [b'"c"', b'"d"', b'"a"', b'"b"']
 
 
@@ -484,7 +490,7 @@ async def test_an_answer_never_stops_before_its_first_message(connection: Connec
     await fill(connection, "default", 2)
     await connection.execute("UPDATE broker.messages SET body_bytes = 9 * 1024 * 1024")
     for _ in range(2):
-        assert len((await messages.dequeue(connection, "default", 10, None)).messages) == 1
+        assert len((await dequeue(connection, "default", 10, None)).messages) == 1
     page, following = await inspection.list_by_id(connection, "default", None, 10, -1)
     assert len(page) == 1
     assert following == page[0].message_id
@@ -540,14 +546,14 @@ async def test_promise_7_what_is_given_back_is_as_it_was(connection: Connection)
     (stored,) = await messages.enqueue(connection, [EnqueueCall("default", new)])
     assert isinstance(stored, Stored)
     before = await inspection.get(connection, "default", f"{stored.ids[0]:016x}")
-    delivery = await messages.dequeue(connection, "default", 1, None)
+    delivery = await dequeue(connection, "default", 1, None)
     assert await leases.give_back(connection, delivery.leases) == 1
     after = await inspection.get(connection, "default", before.message_id)
     assert after.visible_at >= before.visible_at
     after.visible_at = before.visible_at
     assert after == before
     assert await leases.give_back(connection, delivery.leases) == 0
-    again = (await messages.dequeue(connection, "default", 1, None)).messages[0]
+    again = (await dequeue(connection, "default", 1, None)).messages[0]
     assert again.receive_count == 1
     assert again.first_received_at != delivery.messages[0].first_received_at
 
@@ -556,9 +562,9 @@ async def test_promise_7_a_later_delivery_that_is_given_back_leaves_the_earlier_
     connection: Connection,
 ) -> None:
     await fill(connection, "default", 1)
-    first = await messages.dequeue(connection, "default", 1, None)
+    first = await dequeue(connection, "default", 1, None)
     await pass_time(connection, 31)
-    second = await messages.dequeue(connection, "default", 1, None)
+    second = await dequeue(connection, "default", 1, None)
     await leases.give_back(connection, second.leases)
     shown = await inspection.get(connection, "default", first.messages[0].message_id)
     assert shown.status == "ready"
@@ -799,7 +805,10 @@ async def test_a_queue_created_again_under_the_same_name_has_its_own_messages(
     assert answer["results"] == [{"deleted": False}, {"deleted": True}]
 
 
-async def test_an_incomplete_deletion_is_completed_by_calling_again(broker: Broker, connection: Connection) -> None:
+async def test_an_incomplete_deletion_is_completed_by_calling_again(
+    start_broker: StartBroker, connection: Connection
+) -> None:
+    broker: Broker = await start_broker(sweep_interval=3600)
     await broker.call("create_queue", queue="q")
     await fill(connection, "q", 10)
     await connection.execute("UPDATE broker.queues SET deleted_at = now() WHERE name = 'q'")
@@ -842,18 +851,16 @@ async def test_counts_are_exact_up_to_ten_thousand(broker: Broker, connection: C
     ("status", "how"),
     [("ready", {}), ("ready", {"lane": 1}), ("delayed", {"visible_in": 99}), ("leased", {"visible_in": 99, "lane": 1})],
 )
-async def test_beyond_ten_thousand_counts_are_estimates_and_say_so(
+async def test_beyond_ten_thousand_counts_may_be_estimates(
     broker: Broker, connection: Connection, status: str, how: dict[str, Any]
 ) -> None:
     await fill(connection, "default", 20_000, **how)
     await connection.execute("ANALYZE broker.messages")
     for queue in ("default", None):
         counts = await broker.call("count_messages", queue=queue)
-        assert counts["exact"] is False
         assert counts[status] == pytest.approx(20_000, rel=0.1)
         assert counts["total"] == counts["ready"] + counts["delayed"] + counts["leased"]
         figure = await broker.call("count_messages", queue=queue, status=status)
-        assert figure["exact"] is False
         assert figure["total"] == pytest.approx(20_000, rel=0.1)
 
 
@@ -865,7 +872,8 @@ async def test_a_small_figure_is_exact_beside_a_large_one(broker: Broker, connec
     for queue, leased, delayed in (("default", 0, 2), (None, 1, 3)):
         assert await broker.call("count_messages", queue=queue, status="leased") == {"total": leased, "exact": True}
         assert await broker.call("count_messages", queue=queue, status="delayed") == {"total": delayed, "exact": True}
-        assert (await broker.call("count_messages", queue=queue, status="ready"))["exact"] is False
+        ready = (await broker.call("count_messages", queue=queue, status="ready"))["total"]
+        assert ready == pytest.approx(15_000, rel=0.1)
 
 
 async def test_the_age_of_the_oldest_ready_message_is_how_long_it_could_have_been_handed_out(
@@ -1108,7 +1116,7 @@ async def test_no_default_of_the_database_changes_what_the_statements_do(databas
         await configure(connection)
         new = [NewMessage('"€ 🙂"', None, "Łódź", None, 60.0)]
         await messages.enqueue(connection, [EnqueueCall("default", new)])
-        (message,) = (await messages.dequeue(connection, "default", 1, None)).messages
+        (message,) = (await dequeue(connection, "default", 1, None)).messages
         assert bytes(message.body).decode() == '"€ 🙂"'
         assert message.sender == "Łódź"
         assert MOMENT.fullmatch(message.enqueued_at)

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ import psycopg
 import pytest
 
 from broker.embedded import EmbeddedPostgres, conninfo_of_running
+from outside import eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
@@ -58,6 +60,16 @@ class Process:
         self.url = found[1]
         return self
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    @property
+    def workers(self) -> dict[int, int]:
+        """The pids of its workers, by their numbers."""
+        found = re.findall(r"worker serves worker=(\d+) pid=(\d+)", self.log)
+        return {int(number): int(pid) for number, pid in found}
+
     async def says(self, words: str) -> None:
         """Wait until it has said so."""
         await until(lambda: words in self.log)
@@ -65,13 +77,22 @@ class Process:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def signal_all(self, number: int) -> None:
+        """Send a signal to its workers as well, as some service managers do."""
+        for pid in (*self.workers.values(), self.pid):
+            os.kill(pid, number)
+
     async def ended(self, seconds: float = DEADLINE) -> int:
         """Wait until it has ended; return its exit code."""
         return await asyncio.wait_for(self._process.wait(), seconds)
 
     async def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        if self._process.returncode is None:
             self._process.kill()
+            for pid in self.workers.values():
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                    shutil.rmtree(shared_folder(pid))
+                    os.kill(pid, signal.SIGKILL)
         await self._process.wait()
         transport = self._process._transport  # type: ignore[attr-defined]
         transport.close()
@@ -225,11 +246,11 @@ class Ledger:
 # ------------------------------------------------------------------------------------------------------------- stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGINT, 3)])
 async def test_a_broker_that_is_told_to_stop_under_load_drops_no_request(
-    start: Start, data_dir: Path, http: aiohttp.ClientSession, number: int
+    start: Start, data_dir: Path, http: aiohttp.ClientSession, number: int, processes: int
 ) -> None:
-    broker = await (await start("--data-dir", str(data_dir))).ready()
+    broker = await (await start("--data-dir", str(data_dir), "--processes", str(processes))).ready()
     await call(http, broker.url, "create_queue", queue="empty")
     outcomes: Counter[str] = Counter()
 
@@ -261,7 +282,7 @@ async def test_a_broker_that_is_told_to_stop_under_load_drops_no_request(
         parked = [asyncio.create_task(call(http, broker.url, "dequeue", queue="empty", wait=60)) for _ in range(10)]
         living = [asyncio.create_task(live(session)) for session in sessions]
         await until(lambda: outcomes["200"] > 300)
-        broker.signal(number)
+        broker.signal_all(number)
         began_at = time.monotonic()
         assert await broker.ended(STOP_SECONDS + DEADLINE) == 0
         assert time.monotonic() - began_at < STOP_SECONDS
@@ -273,19 +294,22 @@ async def test_a_broker_that_is_told_to_stop_under_load_drops_no_request(
     assert "Exception" not in broker.log
 
 
+@pytest.mark.parametrize("processes", ["1", "3"])
 async def test_a_broker_that_is_being_stopped_says_so_and_answers_what_is_under_way(
-    start: Start, database_url: str, http: aiohttp.ClientSession
+    start: Start, database_url: str, http: aiohttp.ClientSession, processes: str
 ) -> None:
-    broker = await (await start(DATABASE_URL=database_url)).ready()
+    """Those of its processes that are idle go on refusing until the last one is."""
+    broker = await (await start(DATABASE_URL=database_url, BROKER_PROCESSES=processes)).ready()
     assert (await status_of(http, f"{broker.url}/readyz"))[0] == 200
     with psycopg.connect(database_url) as holder, psycopg.connect(database_url, autocommit=True) as watcher:
         holder.execute("LOCK TABLE broker.messages")
         under_way = asyncio.create_task(call(http, broker.url, "enqueue", body="under way"))
-        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%WITH input AS%'"
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%/* enqueue */%'"
         await until(lambda: watcher.execute(waits).fetchone() == (1,))
         broker.signal(signal.SIGTERM)
         await broker.says("stopping")
-        for path in ("/readyz", "/healthz"):
+        await asyncio.sleep(0.5 if processes != "1" else 0)  # for those that are idle to see that they are
+        for path in ("/readyz", "/healthz") * 3:
             status, body = await status_of(http, broker.url + path)
             assert (status, body["error"]["data"]["draining"]) == (503, True)
         assert (await status_of(http, f"{broker.url}/livez"))[0] == 200
@@ -413,7 +437,7 @@ async def test_the_outcome_of_a_call_whose_connection_breaks_is_unknown_and_of_a
         holder.execute("LOCK TABLE broker.messages")
         writing = asyncio.create_task(answer(http, broker.url, "enqueue", body=1))
         reading = asyncio.create_task(answer(http, broker.url, "list_messages", queue="default"))
-        patterns = ("%WITH input AS%", "%page AS MATERIALIZED%")
+        patterns = ("%/* enqueue */%", "%page AS MATERIALIZED%")
         await until(lambda: watcher.execute(waits, patterns).fetchone() == (2,))
         for pid in reversed(postgres_pids(data_dir)):
             with contextlib.suppress(ProcessLookupError):
@@ -601,6 +625,291 @@ async def test_a_second_broker_on_a_data_directory_names_the_first(
     line = await refusal(await start("--data-dir", str(data_dir)))
     assert f"in use by process {broker.pid}" in line
     assert await call(http, broker.url, "enqueue", body=1)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+class Line:
+    """A connection to a broker, kept alive, and which of its workers has it."""
+
+    def __init__(self, broker: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._broker = broker
+        self._reader = reader
+        self._writer = writer
+
+    def close(self) -> None:
+        self._writer.close()
+
+    @property
+    def worker(self) -> int:
+        """The number of the worker that has it."""
+        ends = [f"0100007F:{port:04X}" for port in (self._broker.port, self._writer.get_extra_info("sockname")[1])]
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]
+        (inode,) = (row[9] for row in rows if row[1:3] == ends)
+        for number, pid in self._broker.workers.items():
+            for entry in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if os.readlink(entry) == f"socket:[{inode}]":
+                        return number
+        raise AssertionError("nobody has it")
+
+    async def get(self, path: str) -> bytes:
+        """Return the body of the answer, which must be a 200."""
+        return await self._exchange(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n", b"")
+
+    async def call(self, method: str, **params: Any) -> Any:
+        """Call a method; return its result."""
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
+        head = "POST /rpc HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        return json.loads(await self._exchange(f"{head}Content-Length: {len(body)}\r\n\r\n", body))["result"]
+
+    async def metrics(self) -> dict[str, float]:
+        """Return what /metrics shows, by name and labels."""
+        lines = (await self.get("/metrics")).decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    async def _exchange(self, head: str, body: bytes) -> bytes:
+        self._writer.write(head.encode() + body)
+        async with asyncio.timeout(DEADLINE):
+            head = (await self._reader.readuntil(b"\r\n\r\n")).decode()
+            length = re.search(r"Content-Length: (\d+)", head)
+            assert length, head
+            answered = await self._reader.readexactly(int(length[1]))
+        assert head.startswith("HTTP/1.1 200 "), head
+        return answered
+
+
+Connect = Callable[[Process], Awaitable[Line]]
+
+
+@pytest.fixture
+def connect_line() -> Iterator[Connect]:
+    """Open connections, each of which has been answered on: `await connect_line(broker)`."""
+    with contextlib.ExitStack() as stack:
+
+        async def one_more(broker: Process) -> Line:
+            line = Line(broker, *await asyncio.open_connection("127.0.0.1", broker.port))
+            stack.callback(line.close)
+            await line.get("/livez")
+            return line
+
+        yield one_more
+
+
+async def one_to_each(broker: Process, connect_line: Connect) -> list[Line]:
+    """Return a connection to each worker, by its number."""
+    lines: dict[int, Line] = {}
+    async with asyncio.timeout(DEADLINE):
+        while lines.keys() != broker.workers.keys():
+            line = await connect_line(broker)
+            if lines.setdefault(line.worker, line) is not line:
+                line.close()
+    return [lines[number] for number in sorted(lines)]
+
+
+async def test_workers_share_connections_evenly_and_nobody_waits_for_one_that_hangs(
+    start: Start, database_url: str, connect_line: Connect
+) -> None:
+    broker = await (await start("--processes", "2", DATABASE_URL=database_url)).ready()
+    lines = await asyncio.gather(*(connect_line(broker) for _ in range(64)))
+    spread = Counter(line.worker for line in lines)
+    assert min(spread[0], spread[1]) >= 16, spread  # about 32 where nothing else runs
+    assert (await lines[0].call("get_server"))["processes"] == 2
+
+    os.kill(broker.workers[0], signal.SIGSTOP)
+    assert [(await connect_line(broker)).worker for _ in range(20)] == [1] * 20
+    broker.signal(signal.SIGTERM)
+    began_at = time.monotonic()
+    assert await broker.ended() == 0
+    assert time.monotonic() - began_at < STOP_SECONDS
+    assert "worker hangs and is killed worker=0" in broker.log
+
+
+async def test_a_message_through_one_worker_wakes_who_waits_at_another(
+    start: Start, database_url: str, connect_line: Connect
+) -> None:
+    broker = await (await start("--processes", "2", DATABASE_URL=database_url)).ready()
+    lines = await one_to_each(broker, connect_line)
+    for here, there in ((0, 1), (1, 0)) * 4:
+        parked = asyncio.create_task(lines[there].call("dequeue", wait=30))
+        await asyncio.sleep(0.1)  # for it to be waiting; where it is not yet, the test is weaker, not wrong
+        began_at = time.monotonic()
+        await lines[here].call("enqueue", body=1)
+        assert (await parked)["messages"]
+        # It takes some 5 ms. Who hears nothing looks once a second, and so is in time only half as often as not.
+        assert time.monotonic() - began_at < 0.5
+
+
+async def test_metrics_are_summed_over_the_workers_whoever_shows_them_and_never_fall(
+    start: Start, database_url: str, connect_line: Connect
+) -> None:
+    calls = 'wonderq_calls_total{method="get_queue",outcome="ok"}'
+    ready = 'wonderq_queue_messages{queue="default",status="ready"}'
+    broker = await (await start("--processes", "2", DATABASE_URL=database_url)).ready()
+    alone = await (await start(DATABASE_URL=database_url)).ready()
+    one, other = lines = await one_to_each(broker, connect_line)
+    single = await connect_line(alone)
+    for line in (single, one, one, one, other, other):
+        await line.call("get_queue", queue="default")
+    for line in (single, other):
+        await line.call("enqueue", body=1)
+        await line.call("create_queue", queue="empty")
+    for line in lines:
+        sums = await line.metrics()
+        assert sums[calls] == sums['wonderq_call_seconds_count{method="get_queue"}'] == 5
+        assert sums["wonderq_messages_enqueued_total"] == 1
+        assert sums[ready] == 2
+    # Both have swept at some time.
+    await eventually(lambda: have_the_same_names(single, other))
+
+    further = [await connect_line(broker) for _ in range(6)]
+    parked = [asyncio.create_task(line.call("dequeue", queue="empty", wait=60)) for line in further]
+    held_by = Counter(line.worker for line in further)
+    assert held_by.keys() == {0, 1}
+    for line in lines:
+        await until_shown(line, "wonderq_waiting_consumers", 6)
+        await until_shown(line, "wonderq_client_connections", 8)
+
+    shown = [await one.metrics()]
+    os.kill(broker.workers[1], signal.SIGKILL)
+    killed = broker.workers[1]
+    async with asyncio.timeout(DEADLINE):
+        while broker.workers[1] == killed:
+            shown.append(await one.metrics())
+    assert "worker has ended and is started again worker=1" in broker.log
+    await until_shown(one, "wonderq_client_connections", 8 - 1 - held_by[1])
+    other.close()
+    lines = [one, *(line for line in await one_to_each(broker, connect_line) if line.worker == 1)]
+    await lines[1].call("get_queue", queue="default")
+    for line in lines:
+        await until_shown(line, "wonderq_waiting_consumers", held_by[0])
+        shown.append(await line.metrics())
+        assert shown[-1][calls] == 6
+        assert shown[-1][ready] == 2
+    counters = [name for name in shown[0] if re.search(r"_(total|count|sum|bucket)\b", name)]
+    assert len(counters) > 20
+    for earlier, later in itertools.pairwise(shown):
+        assert all(earlier[name] <= later[name] for name in counters)
+    for task in parked:
+        task.cancel()
+    await asyncio.gather(*parked, return_exceptions=True)
+
+
+async def until_shown(line: Line, name: str, value: float) -> None:
+    async def is_shown() -> bool:
+        return (await line.metrics())[name] == value
+
+    await eventually(is_shown)
+
+
+async def have_the_same_names(line: Line, other: Line) -> bool:
+    return (await line.metrics()).keys() == (await other.metrics()).keys()
+
+
+async def test_a_worker_that_is_killed_under_load_takes_nothing_with_it_but_its_connections(
+    start: Start, database_url: str, http: aiohttp.ClientSession
+) -> None:
+    broker = await (await start("--processes", "2", DATABASE_URL=database_url)).ready()
+    ledger, stop = Ledger(), asyncio.Event()
+
+    async def produce() -> None:
+        while not stop.is_set():
+            await ledger.produce(broker.url, stop)
+
+    producing = [asyncio.create_task(produce()) for _ in range(10)]
+
+    async def kill(number: int) -> None:
+        acknowledged, pid = len(ledger.acknowledged), broker.workers[number]
+        await until(lambda: len(ledger.acknowledged) > acknowledged + 100)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: broker.workers[number] != pid)
+
+    for number in (0, 1, 0):
+        await kill(number)
+    stop.set()
+    await asyncio.wait_for(asyncio.gather(*producing), DEADLINE)
+    assert ledger.unknown
+    assert not ledger.refused  # the port was open all the time
+    ledger.check(await drain(http, broker.url))
+
+
+async def test_workers_end_with_a_supervisor_that_is_killed_and_the_next_one_can_have_its_port(
+    start: Start, data_dir: Path, http: aiohttp.ClientSession
+) -> None:
+    flags = ("--processes", "2", "--data-dir", str(data_dir))
+    broker = await (await start(*flags)).ready()
+    pids = list(broker.workers.values())
+    folder = shared_folder(pids[0])
+    parked = [asyncio.create_task(answer(http, broker.url, "dequeue", wait=60)) for _ in range(10)]
+    await call(http, broker.url, "create_queue", queue="kept")
+    broker.signal(signal.SIGKILL)
+    await broker.ended()
+    second = await (await start(*flags, port=broker.port)).ready()
+    assert second.url == broker.url
+    assert await call(http, second.url, "get_queue", queue="kept")
+    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), STOP_SECONDS)
+    assert not folder.exists()
+    await asyncio.wait_for(asyncio.gather(*parked, return_exceptions=True), DEADLINE)
+    assert "Traceback" not in broker.log
+    folder = shared_folder(second.workers[0])
+    assert folder.exists()
+    second.signal(signal.SIGTERM)
+    assert await second.ended() == 0
+    assert not folder.exists()
+
+
+def shared_folder(pid: int) -> Path:
+    """Return where a worker and its siblings count."""
+    found = re.search(r"(/\S*/wonderq-\w+)/", Path(f"/proc/{pid}/maps").read_text())
+    assert found
+    return Path(found[1])
+
+
+async def test_a_worker_that_dies_again_and_again_ends_the_broker_in_one_line(start: Start, data_dir: Path) -> None:
+    broker = await (await start("--processes", "2", "--data-dir", str(data_dir))).ready()
+    killing = asyncio.create_task(kill_again_and_again(broker))
+    assert "A worker ends again and again" in await refusal(broker)
+    killing.cancel()
+    assert postgres_pids(data_dir) == []
+    assert not any(Path(f"/proc/{pid}").exists() for pid in broker.workers.values())
+
+
+async def kill_again_and_again(broker: Process) -> None:
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(broker.workers[1], signal.SIGKILL)
+        await asyncio.sleep(0.01)
+
+
+async def test_workers_that_cannot_start_are_said_in_one_line(start: Start, folder: Path) -> None:
+    postgres = EmbeddedPostgres(folder / "narrow")
+    conninfo = await postgres.start()
+    try:
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            connection.execute("CREATE ROLE narrow LOGIN CONNECTION LIMIT 1")
+            connection.execute("GRANT CREATE ON DATABASE wonderq TO narrow")
+        # The supervisor has the one connection, and then one of the workers.
+        url = conninfo.replace("//wonderq@", "//narrow@")
+        line = await refusal(await start("--processes", "3", "--startup-timeout", "1", DATABASE_URL=url))
+        assert "The database cannot be reached" in line
+    finally:
+        await postgres.stop()
+
+
+async def test_a_port_is_not_shared_with_another_broker_nor_with_anybody_who_would(
+    start: Start, database_url: str
+) -> None:
+    broker = await (await start("--processes", "2", DATABASE_URL=database_url)).ready()
+    for processes in ("1", "2"):
+        other = await start("--processes", processes, DATABASE_URL=database_url, port=broker.port)
+        line = await refusal(other)
+        assert f"Cannot listen on 127.0.0.1:{broker.port}" in line
+        assert "--port" in line
+    with socket.socket() as sharing:
+        sharing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="in use"):
+            sharing.bind(("127.0.0.1", broker.port))
 
 
 # ------------------------------------------------------------------------------------------------------------- together

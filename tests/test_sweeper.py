@@ -13,7 +13,7 @@ from broker.storage import counting, leases, messages, queues, sweeps
 from broker.storage.database import Connection
 from broker.storage.messages import Delivery, EnqueueCall, Stored
 from broker.sweeper import Swept, sweep_once
-from conftest import Broker, Connect, StartBroker
+from conftest import Broker, Connect, StartBroker, dequeue
 
 NOTHING = Swept(expired={}, ended_leases={}, of_deleted_queues=0, measured_queues=0)
 
@@ -26,7 +26,7 @@ async def send(connection: Connection, how_many: int, queue: str = "default", tt
 
 
 async def take(connection: Connection, how_many: int, queue: str = "default") -> Delivery:
-    return await messages.dequeue(connection, queue, how_many, 30)
+    return await dequeue(connection, queue, how_many, 30)
 
 
 async def pass_time(connection: Connection, seconds: float) -> None:
@@ -83,7 +83,7 @@ async def test_a_message_that_expired_while_it_is_held_is_left_until_its_lease_e
     await pass_time(connection, 20)
     assert (await sweep_once(connection)).expired == {"default": 1}
     assert await remaining(connection) == {held}
-    await leases.extend(connection, delivery.leases, 30)
+    await leases.extend(connection, delivery.leases, [30] * len(delivery.leases))
     await pass_time(connection, 20)
     assert (await sweep_once(connection)).expired == {}
     await pass_time(connection, 20)
@@ -99,7 +99,7 @@ async def test_a_delayed_message_that_expires_before_it_is_visible_is_removed_wh
     new = [NewMessage("1", None, None, 100, 10)]
     await messages.enqueue(connection, [EnqueueCall("default", new)])
     await pass_time(connection, 50)
-    assert (await counting.count(connection, ["default"]))["default"][0].total == 0
+    assert (await counting.count(connection, ["default"]))["default"].counts.total == 0
     await pass_time(connection, 51)
     assert (await sweep_once(connection)).expired == {"default": 1}
 

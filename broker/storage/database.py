@@ -36,6 +36,8 @@ log = logging.getLogger("broker.database")
 
 # A statement whose server is gone is given up by us, not by libpq (its default is to wait for ever).
 CONNECT_TIMEOUT_SECONDS = 5
+# How long a statement that is not patient waits for somebody else's lock.
+LOCK_TIMEOUT_MILLISECONDS = 100
 # At the end, how long statements may still take, and then the pool to close.
 CLOSE_SECONDS = 0.5
 # The pool doubles its pauses between attempts to connect, from a second on. It is made to give up before, and then
@@ -44,17 +46,19 @@ RECONNECT_TIMEOUT_SECONDS = 0.25
 ATTEMPTS_AFTER_DEADLOCK = 3
 
 # Plans must not depend on what the table looked like when a statement was first prepared, or when it was last
-# analysed: one made for an empty table stays in use when there are millions of rows. Every statement of the
-# broker has an index to go by, and reading more of the table than that is never right. Parallel workers and
-# JIT cost more than they give for a few rows.
+# analysed: one made for an empty table stays in use when there are millions of rows. So every statement of the
+# broker leaves the planner one index to go by, and reading more of the table than that is never right. Then a plan
+# can be made once and kept: for a single message, planning costs as much as everything else. Parallel workers
+# and JIT cost more than they give for a few rows.
 # The role or the database may have other defaults for its sessions: the statements rely on READ COMMITTED, and
 # what they send and read is UTF-8 and ISO dates.
 SESSION_SETTINGS = {
     "application_name": "wonderq",
-    "plan_cache_mode": "force_custom_plan",
+    "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
     "jit": "off",
+    "lock_timeout": "0",
     "max_parallel_workers_per_gather": "0",
     "idle_in_transaction_session_timeout": "10s",
     "default_transaction_isolation": "read committed",
@@ -71,6 +75,13 @@ UNKNOWN_OUTCOME = {"57P01", "57P02", "57P05", "58030"}
 LOST_RACE = {"40001", "40P01"}
 # The server cannot take the statement now: a reason to try again, not a mistake in it.
 CANNOT_NOW = {"57014", "57P03", "57P04", "25006", "53000", "53100", "53200", "53300", "55P03"}
+
+
+class LockedRows(Unavailable):
+    """{reason}; try again in a moment.
+
+    Somebody else held a lock for longer than the statement was willing to wait. Nothing was done.
+    """
 
 
 class JsonLoader(Loader):
@@ -123,6 +134,9 @@ class Database:
         self.max_calls = max_calls
         self._under_way: dict[asyncio.Task[Any], _Call] = {}
         self._services: WeakSet[Connection] = WeakSet()
+        self._impatient: WeakSet[Connection] = WeakSet()
+        # Each may mean that the database is another one now.
+        self.lost_connections = 0
         self._reconnecting: asyncio.Task[None] | None = None
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             conninfo,
@@ -189,19 +203,27 @@ class Database:
         """Run an operation that changes nothing: when it fails, nothing was done."""
         return await self._run(operation, timeout, unknown="none")
 
-    async def write(self, operation: Operation[T], *, timeout: float | None = None) -> T:
+    async def write(self, operation: Operation[T], *, timeout: float | None = None, is_patient: bool = True) -> T:
         """Run an operation on a connection of the pool, within the deadline.
 
         A caller that is cancelled leaves the statement running to its end, or to the deadline; its result is
-        dropped.
+        dropped. One that is not patient gets LockedRows, and nothing was done, where somebody else has held a lock
+        for a tenth of a second.
 
         Raises Unavailable with outcome "unknown" where the connection broke, or the deadline passed, after
         the statement was sent, and with "none" where it never was; Overloaded where too many calls wait.
         """
-        return await self._run(operation, timeout, unknown="unknown")
+        return await self._run(operation, timeout, unknown="unknown", is_patient=is_patient)
 
-    async def _run(self, operation: Operation[T], timeout: float | None, *, unknown: str) -> T:
-        call = _Call(self._pool, self.max_calls, operation, unknown)
+    async def set_patience(self, connection: Connection, *, is_patient: bool) -> None:
+        """Let the statements of a connection wait for locks as long as it takes, or not."""
+        if is_patient == (connection in self._impatient):
+            milliseconds = 0 if is_patient else LOCK_TIMEOUT_MILLISECONDS
+            await connection.execute(f"SET lock_timeout = {milliseconds}".encode())
+            (self._impatient.discard if is_patient else self._impatient.add)(connection)
+
+    async def _run(self, operation: Operation[T], timeout: float | None, *, unknown: str, is_patient: bool = True) -> T:
+        call = _Call(self, self._pool, operation, unknown, is_patient=is_patient)
         task = asyncio.create_task(call.run())
         self._under_way[task] = call
         task.add_done_callback(self._forget)
@@ -229,13 +251,16 @@ class _Call:
 
     def __init__(
         self,
+        database: Database,
         pool: AsyncConnectionPool[Connection],
-        max_calls: int,
         operation: Operation[Any],
         unknown: str,
+        *,
+        is_patient: bool,
     ) -> None:
+        self._database = database
         self._pool = pool
-        self._max_calls = max_calls
+        self._is_patient = is_patient
         self._operation = operation
         self._unknown = unknown
         # Where the operation runs now; None once the connection is the pool's again, and so maybe another's.
@@ -263,23 +288,28 @@ class _Call:
                     # The pool's own check would pause longer and longer between the connections that a restart
                     # of the server has left behind. The pool replaces what is closed.
                     if is_lost(connection):
+                        self._database.lost_connections += 1
                         await connection.close()
                         continue
                     return await self._use(connection)
         except PoolTimeout as error:
             raise Unavailable(reason="The database cannot be reached") from error
         except TooManyRequests as error:
-            raise Overloaded(limit=self._max_calls, what="calls waiting for the database", retry_after=1) from error
+            limit = self._database.max_calls
+            raise Overloaded(limit=limit, what="calls waiting for the database", retry_after=1) from error
 
     async def _use(self, connection: Connection) -> Any:
-        self._connection, self._is_sent = connection, True
+        self._connection = connection
         try:
+            await self._database.set_patience(connection, is_patient=self._is_patient)
+            self._is_sent = True
             return await self._operation(connection)
         except psycopg.errors.ReadOnlySqlTransaction:
             await connection.close()  # a primary that was demoted: the next one is found by connecting
             raise
         finally:
             self._connection = None
+            self._database.lost_connections += connection.closed
 
     def give_up(self) -> Unavailable:
         """Cut the connection, so that the statement ends for us now; return the error to raise.
@@ -310,6 +340,8 @@ def cut(connection: Connection) -> None:
 def translate(error: psycopg.Error, *, sent: bool, unknown: str) -> BrokerError:
     """Return the error that a caller gets for an error of the database."""
     state = error.sqlstate or ""
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return LockedRows(reason="Somebody else has locked what this call is about")
     if state in CANNOT_NOW or state in LOST_RACE:
         log.warning("database cannot do it now sqlstate=%s", state)
         return Unavailable(reason="The database cannot do this now")

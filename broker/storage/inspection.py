@@ -160,8 +160,8 @@ locked AS MATERIALIZED (
     SELECT
         m.queue_id, m.id,
         m.lane = 1 AND m.visible_at > statement_timestamp() AS is_held,
-        (m.queue_id, m.id, m.lease_token)
-            = (%(receipt_queue_id)s::int, %(receipt_id)s::bigint, %(token)s::uuid) AS is_holder
+        (m.queue_id, m.id, uuid_send(m.lease_token))
+            = (%(receipt_queue_id)s::int, %(receipt_id)s::bigint, %(token)s::bytea) AS is_holder
     FROM broker.messages m
     WHERE m.queue_id = (SELECT id FROM queue) AND m.id = %(id)s::bigint AND """
     + IS_ALIVE
@@ -171,7 +171,7 @@ locked AS MATERIALIZED (
 """
 )
 
-_MAY_CHANGE = "CASE WHEN %(token)s::uuid IS NULL THEN NOT l.is_held ELSE l.is_holder END"
+_MAY_CHANGE = "CASE WHEN %(token)s::bytea IS NULL THEN NOT l.is_held ELSE l.is_holder END"
 
 _UPDATE = (
     _LOCKED

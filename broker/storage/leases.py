@@ -1,6 +1,8 @@
 """What the holder of a lease can do: delete the message, extend the lease, give the message back.
 
-How statements lock, and why they are written as they are, stands at the head of `messages.py`.
+Why the statements are written as they are stands at the head of `messages.py`. Those of this module change rows
+in the order of the primary key (the input is sorted), each row when it comes to it, so two of them cannot wait
+for each other in a circle. They take no lock beforehand: that would write a record of its own for every row.
 """
 
 from __future__ import annotations
@@ -9,41 +11,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from uuid import UUID
+
+from psycopg.errors import DeadlockDetected, LockNotAvailable
 
 from broker.errors import BrokerError, LeaseLost
 from broker.model import Lease
 from broker.storage.database import Connection
 
-# Locks: the rows of the receipts, in the order of the primary key, waiting for each. Two at once with the
-# same receipt: the second waits, then finds the row gone. With a dequeue that has just leased the row anew:
-# the token is read after the lock is taken, so the old receipt has lost. The queue is read without a lock:
-# deleting a queue makes its messages gone at once, whether their rows are removed yet or not.
+# Locks: the rows of the receipts whose lease is the newest, in the order of the primary key, waiting for each.
+# Two at once with the same receipt: the second waits, then finds the row gone. With a dequeue that has just
+# leased the row anew: who waits looks at the newest token, so the old receipt has lost. The queue is read without
+# a lock: deleting a queue makes its messages gone at once, whether their rows are removed yet or not. What was
+# not deleted is looked up as of the snapshot: with another token its lease is lost for ever; with this one somebody
+# was quicker, and only a new snapshot can tell what became of it.
 _DELETE = """
+/* delete */
 WITH wanted AS MATERIALIZED (
-    SELECT n, queue_id, id, token
-    FROM unnest(%(queue_ids)s::int[], %(ids)s::bigint[], %(tokens)s::uuid[])
-        WITH ORDINALITY AS w (queue_id, id, token, n)
-),
-locked AS MATERIALIZED (
     SELECT
-        w.n, m.queue_id, m.id,
-        m.lease_token IS NOT DISTINCT FROM w.token AS is_newest,
-        coalesce(greatest(m.expires_at, m.visible_at) <= statement_timestamp(), false)
-            AND m.expires_at IS NOT NULL AS is_expired
-    FROM wanted w
-    JOIN broker.queues q ON q.id = ANY (ARRAY[w.queue_id]) AND q.deleted_at IS NULL
-    JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
-    ORDER BY w.queue_id, w.id
-    FOR UPDATE OF m
+        w.n, w.queue_id, w.id, w.token,
+        EXISTS (
+            SELECT FROM broker.queues q WHERE q.id = ANY (ARRAY[w.queue_id]) AND q.deleted_at IS NULL
+        ) AS has_queue
+    FROM unnest(%(queue_ids)b::int[], %(ids)b::bigint[], %(tokens)b::bytea[])
+        WITH ORDINALITY AS w (queue_id, id, token, n)
 ),
 deleted AS (
     DELETE FROM broker.messages m
-    USING locked l
-    WHERE m.queue_id = ANY (ARRAY[l.queue_id]) AND m.id = l.id AND l.is_newest
+    USING wanted w
+    WHERE w.has_queue
+        AND m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
+        AND uuid_send(m.lease_token) = w.token
+    RETURNING w.n, coalesce(greatest(m.expires_at, m.visible_at) <= statement_timestamp(), false)
+        AND m.expires_at IS NOT NULL AS is_expired
 )
-SELECT n, is_newest, is_expired
-FROM locked
+SELECT n, true AS is_deleted, is_expired, true AS is_newest
+FROM deleted
+UNION ALL
+SELECT
+    w.n, false,
+    coalesce(greatest(m.expires_at, m.visible_at) <= statement_timestamp(), false) AND m.expires_at IS NOT NULL,
+    m.lease_token IS NOT NULL AND uuid_send(m.lease_token) = w.token
+FROM wanted w
+JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
+WHERE w.has_queue AND w.n NOT IN (SELECT n FROM deleted)
 """
 
 
@@ -54,44 +64,53 @@ async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool |
     """
     first_mention = {lease: n for n, lease in reversed(list(enumerate(leases)))}
     results: list[bool | BrokerError] = [False] * len(leases)
-    for lease, is_newest, is_expired in await _for_leases(connection, _DELETE, list(first_mention)):
-        if is_newest or is_expired:
-            results[first_mention[lease]] = not is_expired
-        else:
-            results[first_mention[lease]] = LeaseLost()
+    undecided = list(first_mention)
+    while undecided:
+        raced = []
+        try:
+            rows = await _for_leases(connection, _DELETE, undecided)
+        except (LockNotAvailable, DeadlockDetected):
+            if len(undecided) == len(first_mention):
+                raise
+            continue  # the others are deleted already, so this one cannot be begun anew
+        for lease, is_deleted, is_expired, is_newest in rows:
+            if is_deleted:
+                results[first_mention[lease]] = not is_expired
+            elif is_newest:
+                raced.append(lease)
+            elif not is_expired:
+                results[first_mention[lease]] = LeaseLost()
+        undecided = raced
     return results
 
 
 # Locks and two at once: as delete. A lease that has ended is not extended, even when nobody has taken the
-# message yet: somebody may be about to.
+# message yet: somebody may be about to. What is stamped is stamped after the transaction has its id, as
+# low_water.py asks for: a lease may be made to end now.
 _EXTEND = """
+/* extend_visibility */
 WITH wanted AS MATERIALIZED (
-    SELECT n, queue_id, id, token
-    FROM unnest(%(queue_ids)s::int[], %(ids)s::bigint[], %(tokens)s::uuid[])
-        WITH ORDINALITY AS w (queue_id, id, token, n)
-),
-locked AS MATERIALIZED (
-    SELECT w.n, m.queue_id, m.id, q.name
-    FROM wanted w
+    SELECT w.n, w.queue_id, w.id, w.token, w.visibility_timeout, q.name
+    FROM unnest(
+        %(queue_ids)b::int[], %(ids)b::bigint[], %(tokens)b::bytea[], %(visibility_timeouts)b::float8[]
+    ) WITH ORDINALITY AS w (queue_id, id, token, visibility_timeout, n)
     JOIN broker.queues q ON q.id = ANY (ARRAY[w.queue_id]) AND q.deleted_at IS NULL
-    JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
-    WHERE m.lease_token = w.token AND m.visible_at > statement_timestamp()
-    ORDER BY w.queue_id, w.id
-    FOR UPDATE OF m
+    ORDER BY w.n
 ),
-extended AS (
-    UPDATE broker.messages m
-    SET visible_at = statement_timestamp() + %(visibility_timeout)s::float8 * interval '1 second'
-    FROM locked l
-    WHERE m.queue_id = ANY (ARRAY[l.queue_id]) AND m.id = l.id
-    RETURNING l.n, m.visible_at, l.name
+stamp AS MATERIALIZED (
+    SELECT CASE WHEN pg_current_xact_id() IS NOT NULL THEN clock_timestamp() END AS now
 )
-SELECT n, visible_at, name
-FROM extended
+UPDATE broker.messages m
+SET visible_at = s.now + w.visibility_timeout * interval '1 second'
+FROM wanted w
+CROSS JOIN stamp s
+WHERE m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
+    AND uuid_send(m.lease_token) = w.token AND m.visible_at > statement_timestamp()
+RETURNING w.n, m.visible_at, w.name
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Extended:
     """The new end of a lease, and the queue that its message lies in."""
 
@@ -100,43 +119,43 @@ class Extended:
 
 
 async def extend(
-    connection: Connection, leases: Sequence[Lease], visibility_timeout: float
+    connection: Connection, leases: Sequence[Lease], visibility_timeouts: Sequence[float]
 ) -> list[Extended | BrokerError]:
-    """Let these leases end `visibility_timeout` seconds from now; 0 gives the messages back at once."""
-    extended = {
-        lease: Extended(visible_at, queue)
-        for lease, visible_at, queue in await _for_leases(
-            connection, _EXTEND, list(dict.fromkeys(leases)), visibility_timeout=visibility_timeout
-        )
-    }
+    """Let each lease end so many seconds from now; 0 gives its message back at once.
+
+    A lease that is named more than once ends after the shortest of its times: as if that had been the last.
+    """
+    shortest: dict[Lease, float] = {}
+    for lease, seconds in zip(leases, visibility_timeouts, strict=True):
+        shortest[lease] = min(float(seconds), shortest.get(lease, float(seconds)))
+    rows = await _for_leases(connection, _EXTEND, list(shortest), visibility_timeouts=shortest)
+    extended = {lease: Extended(visible_at, queue) for lease, visible_at, queue in rows}
     return [extended.get(lease) or LeaseLost() for lease in leases]
 
 
 # Locks: as delete. A lease that was taken anew meanwhile is left alone. The message stays in the lane of the
 # returned ones, stamped with the present, so that it is among the next to be handed out.
 _GIVE_BACK = """
+/* give back */
 WITH wanted AS MATERIALIZED (
     SELECT n, queue_id, id, token
-    FROM unnest(%(queue_ids)s::int[], %(ids)s::bigint[], %(tokens)s::uuid[])
+    FROM unnest(%(queue_ids)b::int[], %(ids)b::bigint[], %(tokens)b::bytea[])
         WITH ORDINALITY AS w (queue_id, id, token, n)
 ),
-locked AS MATERIALIZED (
-    SELECT w.n, m.queue_id, m.id
-    FROM wanted w
-    JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
-    WHERE m.lease_token = w.token
-    ORDER BY w.queue_id, w.id
-    FOR UPDATE OF m
+stamp AS MATERIALIZED (
+    SELECT CASE WHEN pg_current_xact_id() IS NOT NULL THEN clock_timestamp() END AS now
 )
 UPDATE broker.messages m
 SET
-    visible_at = statement_timestamp(),
+    visible_at = s.now,
     lease_token = NULL,
     receive_count = m.receive_count - 1,
     first_received_at = CASE WHEN m.receive_count > 1 THEN m.first_received_at END
-FROM locked l
-WHERE m.queue_id = ANY (ARRAY[l.queue_id]) AND m.id = l.id
-RETURNING l.n
+FROM wanted w
+CROSS JOIN stamp s
+WHERE m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
+    AND uuid_send(m.lease_token) = w.token
+RETURNING w.n
 """
 
 
@@ -146,19 +165,26 @@ async def give_back(connection: Connection, leases: Sequence[Lease]) -> int:
 
 
 async def _for_leases(
-    connection: Connection, statement: str, leases: Sequence[Lease], **params: Any
+    connection: Connection,
+    statement: str,
+    leases: Sequence[Lease],
+    *,
+    visibility_timeouts: dict[Lease, float] | None = None,
 ) -> list[tuple[Any, ...]]:
-    """Run a statement over distinct leases; return its rows with the lease in place of its number."""
+    """Run a statement over distinct leases, by primary key; return its rows with the lease in place of its number."""
     if not leases:
         return []
-    tokens: list[UUID] = [lease.token for lease in leases]
-    cursor = await connection.execute(
-        statement,
-        {
-            "queue_ids": [lease.queue_id for lease in leases],
-            "ids": [lease.id for lease in leases],
-            "tokens": tokens,
-            **params,
-        },
-    )
-    return [(leases[n - 1], *row) for n, *row in await cursor.fetchall()]
+    in_order = sorted(leases, key=_primary_key)
+    params: dict[str, Any] = {
+        "queue_ids": [lease.queue_id for lease in in_order],
+        "ids": [lease.id for lease in in_order],
+        "tokens": [lease.token for lease in in_order],
+    }
+    if visibility_timeouts is not None:
+        params["visibility_timeouts"] = [visibility_timeouts[lease] for lease in in_order]
+    cursor = await connection.execute(statement, params, binary=True)
+    return [(in_order[n - 1], *row) for n, *row in await cursor.fetchall()]
+
+
+def _primary_key(lease: Lease) -> tuple[int, int]:
+    return lease.queue_id, lease.id

@@ -20,26 +20,26 @@ Each function is one statement, and so one transaction. Two at once:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import msgspec
 
 from broker.errors import BrokerError, MessageTooLarge, QueueFull, QueueNotFound
 from broker.model import (
-    FRESH,
     MAX_BODY_BYTES_PER_ANSWER,
-    RETURNED,
     Lease,
     Message,
     NewMessage,
     message_id_of,
     receipt_of,
-    timestamp,
-    timestamp_or_null,
+    timestamp_of_text,
 )
 from broker.storage.database import Connection
+from broker.storage.low_water import UNKNOWN, Floors, View
 
 NO_HEADERS = msgspec.Raw(b"{}")
 
@@ -55,18 +55,13 @@ IS_ALIVE = """(
 
 # Locks: none but those of the rows it inserts. Two at once: each stores its own messages; ids are given in
 # the order of the statements, and within a statement in the order of the input. A call is stored whole or
-# not at all: one refused message keeps back the others of its call, and none of any other call.
+# not at all: one refused message keeps back the others of its call, and none of any other call. What is
+# stored is stamped after the transaction has its id, as low_water.py asks for.
 _ENQUEUE = """
-WITH input AS MATERIALIZED (
-    SELECT n, call, queue, body, headers, sender, delay, ttl
-    FROM unnest(
-        %(calls)s::int[], %(queues)s::text[], %(bodies)b::text[], %(headers)s::text[],
-        %(senders)s::text[], %(delays)s::float8[], %(ttls)s::float8[]
-    ) WITH ORDINALITY AS i (call, queue, body, headers, sender, delay, ttl, n)
-),
-target AS MATERIALIZED (
+/* enqueue */
+WITH target AS MATERIALIZED (
     SELECT
-        q.id, q.name, q.delay, q.message_ttl, q.max_message_bytes, q.max_messages,
+        w.n, q.id, q.delay, q.message_ttl, q.max_message_bytes, q.max_messages,
         CASE
             WHEN q.max_messages <= %(counted_max_messages)s THEN (
                 SELECT count(*)
@@ -85,56 +80,72 @@ target AS MATERIALIZED (
                 SELECT s.messages FROM broker.queue_sizes s WHERE s.queue_id = q.id
             )
         END AS size
-    FROM broker.queues q
-    WHERE q.deleted_at IS NULL AND q.name = ANY (%(queues)s::text[])
+    FROM unnest(%(queues)b::text[]) WITH ORDINALITY AS w (name, n)
+    LEFT JOIN broker.queues q ON q.name = w.name AND q.deleted_at IS NULL
 ),
-checked AS MATERIALIZED (
+input AS MATERIALIZED (
     SELECT
-        i.n, i.call, i.queue, i.body, i.headers, i.sender,
+        i.call, i.body, i.headers, i.sender,
         t.id AS queue_id,
         octet_length(i.body) AS body_bytes,
         coalesce(i.delay, t.delay) AS delay,
         coalesce(i.ttl, t.message_ttl) AS ttl,
-        t.max_message_bytes,
-        t.max_messages,
         CASE
             WHEN t.id IS NULL THEN 'queue_not_found'
             WHEN octet_length(i.body) > t.max_message_bytes THEN 'message_too_large'
-            WHEN coalesce(t.size, 0) + count(*) OVER (PARTITION BY t.id ORDER BY i.n) > t.max_messages
-                THEN 'queue_full'
+            WHEN coalesce(t.size, 0) + i.place > t.max_messages THEN 'queue_full'
         END AS refusal
-    FROM input i
-    LEFT JOIN target t ON t.name = i.queue
+    FROM unnest(
+        %(calls)b::int[], %(targets)b::int[], %(places)b::int[], %(bodies)b::text[],
+        %(headers)b::text[], %(senders)b::text[], %(delays)b::float8[], %(ttls)b::float8[]
+    ) WITH ORDINALITY AS i (call, target, place, body, headers, sender, delay, ttl, n)
+    JOIN target t ON t.n = i.target
+    ORDER BY i.n
 ),
-accepted AS MATERIALIZED (
-    SELECT nextval('broker.message_ids') AS id, c.*
-    FROM (
-        SELECT *
-        FROM checked
-        WHERE call NOT IN (SELECT r.call FROM checked r WHERE r.refusal IS NOT NULL)
-        ORDER BY n
-    ) AS c
+refused AS MATERIALIZED (
+    SELECT call
+    FROM input
+    WHERE refusal IS NOT NULL
+),
+stamp AS MATERIALIZED (
+    SELECT CASE WHEN pg_current_xact_id() IS NOT NULL THEN clock_timestamp() END AS now
+    FROM input
+    WHERE call NOT IN (SELECT call FROM refused)
+    LIMIT 1
 ),
 stored AS (
     INSERT INTO broker.messages (
         queue_id, id, enqueued_at, visible_at, expires_at, body_bytes, lane, sender, headers, body
     )
     SELECT
-        queue_id, id, statement_timestamp(),
-        statement_timestamp() + delay * interval '1 second',
-        statement_timestamp() + ttl * interval '1 second',
-        body_bytes, 0, sender, headers::json, body::json
-    FROM accepted
-    ORDER BY n
+        i.queue_id, nextval('broker.message_ids'), s.now,
+        s.now + i.delay * interval '1 second',
+        s.now + i.ttl * interval '1 second',
+        i.body_bytes, 0, i.sender, i.headers::json, i.body::json
+    FROM input i
+    CROSS JOIN stamp s
+    WHERE i.call NOT IN (SELECT call FROM refused)
+    RETURNING id
 )
-SELECT c.call, a.id, c.refusal, c.queue, c.body_bytes, c.max_message_bytes, c.max_messages, a.delay
-FROM checked c
-LEFT JOIN accepted a ON a.n = c.n
-ORDER BY c.n
+SELECT
+    (SELECT array_agg(id) FROM stored),
+    (SELECT array_agg(delay ORDER BY n) FROM target),
+    CASE
+        WHEN EXISTS (SELECT FROM refused) THEN (
+            SELECT json_agg(json_build_array(i.call, i.refusal, i.body_bytes, i.max_message_bytes, i.max_messages))
+            FROM (
+                SELECT
+                    u.call, u.refusal, octet_length(u.body) AS body_bytes, t.max_message_bytes, t.max_messages
+                FROM input u
+                LEFT JOIN target t ON t.id = u.queue_id
+                WHERE u.call IN (SELECT call FROM refused)
+            ) AS i
+        )
+    END
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EnqueueCall:
     """Messages that are stored in one queue, all or none."""
 
@@ -142,7 +153,7 @@ class EnqueueCall:
     messages: Sequence[NewMessage]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """What a call has stored: the message ids in order, and the shortest delay among them in seconds."""
 
@@ -155,86 +166,201 @@ async def enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list[
 
     An error's `index` is the position of the message that caused it within its call.
     """
-    rows = [(n, call.queue, message) for n, call in enumerate(calls) for message in call.messages]
+    targets: dict[str, int] = {}
+    sizes: list[int] = []
+    new: list[NewMessage] = []
+    numbers: list[int] = []
+    places: list[int] = []
+    of_target: list[int] = []
+    for number, call in enumerate(calls):
+        target = targets.setdefault(call.queue, len(targets) + 1)
+        if target > len(sizes):
+            sizes.append(0)
+        for message in call.messages:
+            sizes[target - 1] += 1
+            new.append(message)
+            numbers.append(number)
+            of_target.append(target)
+            places.append(sizes[target - 1])
     cursor = await connection.execute(
         _ENQUEUE,
         {
-            "calls": [n for n, _, _ in rows],
-            "queues": [queue for _, queue, _ in rows],
-            "bodies": [message.body for _, _, message in rows],
-            "headers": [message.headers for _, _, message in rows],
-            "senders": [message.sender for _, _, message in rows],
-            "delays": [message.delay for _, _, message in rows],
-            "ttls": [message.ttl for _, _, message in rows],
+            "queues": list(targets),
+            "calls": numbers,
+            "targets": of_target,
+            "places": places,
+            "bodies": [message.body for message in new],
+            "headers": _none_if_all_are([message.headers for message in new]),
+            "senders": _none_if_all_are([message.sender for message in new]),
+            "delays": _none_if_all_are([message.delay for message in new]),
+            "ttls": _none_if_all_are([message.ttl for message in new]),
             "counted_max_messages": COUNTED_MAX_MESSAGES,
         },
+        binary=True,
     )
-    answers: list[list[tuple[Any, ...]]] = [[] for _ in calls]
-    for row in await cursor.fetchall():
-        answers[row[0]].append(row)
-    return [_stored_or_refused(answer) for answer in answers]
+    row = await cursor.fetchone()
+    assert row is not None, "a select without FROM returns one row"
+    # Numbers rise in the order of the input, in whatever order the rows come back.
+    ids = iter(sorted(row[0] or ()))
+    refusals = _refusals(calls, row[2])
+    return [
+        refusals.get(number)
+        or Stored(list(islice(ids, len(call.messages))), _shortest_delay(call, row[1][targets[call.queue] - 1]))
+        for number, call in enumerate(calls)
+    ]
 
 
-def _stored_or_refused(rows: list[tuple[Any, ...]]) -> Stored | BrokerError:
-    for index, (_, _, refusal, queue, body_bytes, max_message_bytes, max_messages, _) in enumerate(rows):
+def _none_if_all_are(values: list[Any]) -> list[Any] | None:
+    """Return what unnest fills up with NULLs by itself."""
+    return None if all(value is None for value in values) else values
+
+
+def _shortest_delay(call: EnqueueCall, of_queue: float) -> float:
+    return min(of_queue if message.delay is None else message.delay for message in call.messages)
+
+
+def _refusals(calls: Sequence[EnqueueCall], refused: msgspec.Raw | None) -> dict[int, BrokerError]:
+    """Return for each call that was refused the error of its first message that is to blame."""
+    errors: dict[int, BrokerError] = {}
+    seen: Counter[int] = Counter()
+    for number, refusal, body_bytes, max_message_bytes, max_messages in msgspec.json.decode(refused or b"[]"):
+        index = seen[number]
+        seen[number] += 1
+        if number in errors:
+            continue
+        queue = calls[number].queue
         match refusal:
             case "queue_not_found":
-                return QueueNotFound(queue=queue, index=index)
+                errors[number] = QueueNotFound(queue=queue, index=index)
             case "message_too_large":
-                return MessageTooLarge(queue=queue, limit=max_message_bytes, given=body_bytes, index=index)
+                errors[number] = MessageTooLarge(queue=queue, limit=max_message_bytes, given=body_bytes, index=index)
             case "queue_full":
-                return QueueFull(queue=queue, limit=max_messages, retry_after=1, index=index)
-    return Stored([row[1] for row in rows], min(row[7] for row in rows))
+                errors[number] = QueueFull(queue=queue, limit=max_messages, retry_after=1, index=index)
+    return errors
 
 
 # Locks: the rows it picks, and it waits for none of them (SKIP LOCKED). Two at once: each row is locked by
 # one of them and skipped by the other; a row that the other has already leased no longer lies in the past of
-# its lane when the lock is taken, so it is not picked. The scans walk the index of the lane from its oldest
-# entry; what is delayed or leased lies behind the end of the scan.
+# its lane when the lock is taken, so it is not picked. The scans walk the index of the lane from the low-water
+# hint on; what is delayed or leased lies behind the end of the scan. Each queue stands in the input once, so no
+# row is picked twice. The sum of the bodies is only looked at where it is too large for one answer.
 _PICK = """
-WITH queue AS MATERIALIZED (
-    SELECT id, visibility_timeout, paused
-    FROM broker.queues
-    WHERE name = %(queue)s AND deleted_at IS NULL
+/* dequeue */
+WITH wanted AS MATERIALIZED (
+    SELECT
+        w.n, w.fresh_first, q.id * 4::bigint AS fresh_lane, q.id * 4::bigint + 1 AS returned_lane,
+        coalesce(w.fresh_floor, '-infinity') AS fresh_floor,
+        coalesce(w.returned_floor, '-infinity') AS returned_floor,
+        CASE WHEN q.paused THEN 0 ELSE w.max_messages END AS max_messages,
+        coalesce(w.visibility_timeout, q.visibility_timeout) AS visibility_timeout
+    FROM unnest(
+        %(queues)b::text[], %(max_messages)b::int[], %(visibility_timeouts)b::float8[], %(fresh_first)b::bool[],
+        %(fresh_floors)b::timestamptz[], %(returned_floors)b::timestamptz[]
+    ) WITH ORDINALITY AS w (
+        queue, max_messages, visibility_timeout, fresh_first, fresh_floor, returned_floor, n
+    )
+    JOIN broker.queues q ON q.name = w.queue AND q.deleted_at IS NULL
 ),
 first_lane AS MATERIALIZED (
-    SELECT queue_id, id, visible_at, body_bytes, 1 AS place
-    FROM broker.messages
-    WHERE (queue_id * 4::bigint + lane) = (SELECT id * 4::bigint + %(first_lane)s FROM queue WHERE NOT paused)
-        AND lane >= 0
-        AND visible_at <= statement_timestamp()
-        AND (expires_at IS NULL OR expires_at > statement_timestamp())
-    ORDER BY visible_at, id
-    LIMIT %(max_messages)s
-    FOR UPDATE SKIP LOCKED
+    SELECT w.n, w.visibility_timeout, m.queue_id, m.id, m.visible_at, m.body_bytes
+    FROM wanted w
+    CROSS JOIN LATERAL (
+        SELECT queue_id, id, visible_at, body_bytes
+        FROM broker.messages
+        WHERE (queue_id * 4::bigint + lane) = CASE WHEN w.fresh_first THEN w.fresh_lane ELSE w.returned_lane END
+            AND lane >= 0
+            AND visible_at >= CASE WHEN w.fresh_first THEN w.fresh_floor ELSE w.returned_floor END
+            AND visible_at <= statement_timestamp()
+            AND (expires_at IS NULL OR expires_at > statement_timestamp())
+        ORDER BY visible_at, id
+        LIMIT w.max_messages
+        FOR UPDATE SKIP LOCKED
+    ) AS m
 ),
 second_lane AS MATERIALIZED (
-    SELECT queue_id, id, visible_at, body_bytes, 2 AS place
-    FROM broker.messages
-    WHERE (queue_id * 4::bigint + lane) = (SELECT id * 4::bigint + %(second_lane)s FROM queue WHERE NOT paused)
-        AND lane >= 0
-        AND visible_at <= statement_timestamp()
-        AND (expires_at IS NULL OR expires_at > statement_timestamp())
-    ORDER BY visible_at, id
-    LIMIT %(max_messages)s - (SELECT count(*) FROM first_lane)
-    FOR UPDATE SKIP LOCKED
+    SELECT w.n, w.visibility_timeout, m.queue_id, m.id, m.visible_at, m.body_bytes
+    FROM wanted w
+    CROSS JOIN LATERAL (
+        SELECT queue_id, id, visible_at, body_bytes
+        FROM broker.messages
+        WHERE (queue_id * 4::bigint + lane) = CASE WHEN w.fresh_first THEN w.returned_lane ELSE w.fresh_lane END
+            AND lane >= 0
+            AND visible_at >= CASE WHEN w.fresh_first THEN w.returned_floor ELSE w.fresh_floor END
+            AND visible_at <= statement_timestamp()
+            AND (expires_at IS NULL OR expires_at > statement_timestamp())
+        ORDER BY visible_at, id
+        LIMIT w.max_messages - (SELECT count(*) FROM first_lane f WHERE f.n = w.n)
+        FOR UPDATE SKIP LOCKED
+    ) AS m
+),
+both_lanes AS MATERIALIZED (
+    SELECT *, 1 AS place FROM first_lane
+    UNION ALL
+    SELECT *, 2 AS place FROM second_lane
+),
+size AS MATERIALIZED (
+    SELECT sum(body_bytes) > %(max_bytes)s AS is_too_large
+    FROM both_lanes
 ),
 picked AS MATERIALIZED (
-    SELECT
-        queue_id, id,
-        row_number() OVER in_order AS n,
-        sum(body_bytes) OVER in_order AS bytes_so_far
-    FROM (SELECT * FROM first_lane UNION ALL SELECT * FROM second_lane) AS both_lanes
-    WINDOW in_order AS (ORDER BY place, visible_at, id)
+    SELECT n, visibility_timeout, queue_id, id, visible_at, place
+    FROM both_lanes
+    WHERE NOT (SELECT is_too_large FROM size)
+    UNION ALL
+    SELECT n, visibility_timeout, queue_id, id, visible_at, place
+    FROM (
+        SELECT *, row_number() OVER in_order AS position, sum(body_bytes) OVER in_order AS bytes_so_far
+        FROM both_lanes
+        WHERE (SELECT is_too_large FROM size)
+        WINDOW in_order AS (ORDER BY n, place, visible_at, id)
+    ) AS counted
+    WHERE position = 1 OR bytes_so_far <= %(max_bytes)s
+),
+stamp AS MATERIALIZED (
+    SELECT clock_timestamp() AS now
+    FROM picked
+    LIMIT 1
 ),
 """
 
+# The messages of each queue in hand-out order, and before them one line that says how the queue was looked at:
+# for the hint, the first ready message of each lane, whoever has locked it.
 _ANSWER = """
 )
-SELECT coalesce(%(visibility_timeout)s::float8, q.visibility_timeout), t.*
-FROM queue q
-LEFT JOIN taken t ON true
-ORDER BY t.n
+SELECT
+    n, place, was_visible_at, id, queue_id, token, body, headers, sender, receive_count,
+    enqueued_at, first_received_at, visible_at, expires_at,
+    NULL AS visibility_timeout, NULL AS is_cut, NULL AS now, NULL AS xmin, NULL AS xmax,
+    NULL AS first_fresh, NULL AS first_returned
+FROM taken
+UNION ALL
+SELECT
+    w.n, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    w.visibility_timeout,
+    coalesce((SELECT is_too_large FROM size), false),
+    statement_timestamp(),
+    pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
+    pg_snapshot_xmax(pg_current_snapshot())::text::bigint,
+    (
+        SELECT m.visible_at
+        FROM broker.messages m
+        WHERE (m.queue_id * 4::bigint + m.lane) = w.fresh_lane AND m.lane >= 0
+            AND m.visible_at >= w.fresh_floor AND m.visible_at <= statement_timestamp()
+            AND (m.expires_at IS NULL OR m.expires_at > statement_timestamp())
+        ORDER BY m.visible_at, m.id
+        LIMIT 1
+    ),
+    (
+        SELECT m.visible_at
+        FROM broker.messages m
+        WHERE (m.queue_id * 4::bigint + m.lane) = w.returned_lane AND m.lane >= 0
+            AND m.visible_at >= w.returned_floor AND m.visible_at <= statement_timestamp()
+            AND (m.expires_at IS NULL OR m.expires_at > statement_timestamp())
+        ORDER BY m.visible_at, m.id
+        LIMIT 1
+    )
+FROM wanted w
+ORDER BY n, place, was_visible_at, id
 """
 
 _LEASE = (
@@ -246,16 +372,15 @@ taken AS (
         lane = 1,
         lease_token = gen_random_uuid(),
         receive_count = m.receive_count + 1,
-        first_received_at = coalesce(m.first_received_at, statement_timestamp()),
-        visible_at = statement_timestamp() + interval '1 second' * coalesce(
-            %(visibility_timeout)s::float8, (SELECT visibility_timeout FROM queue)
-        )
+        first_received_at = coalesce(m.first_received_at, s.now),
+        visible_at = s.now + interval '1 second' * p.visibility_timeout
     FROM picked p
+    CROSS JOIN stamp s
     WHERE m.queue_id = ANY (ARRAY[p.queue_id]) AND m.id = p.id
-        AND (p.n = 1 OR p.bytes_so_far <= %(max_bytes)s)
     RETURNING
-        p.n, m.queue_id, m.id, m.lease_token, m.body, m.headers, m.sender, m.receive_count,
-        m.enqueued_at, m.first_received_at, m.visible_at, m.expires_at
+        p.n, p.place, p.visible_at AS was_visible_at, m.id, m.queue_id, uuid_send(m.lease_token) AS token,
+        m.body, m.headers, m.sender, m.receive_count,
+        m.enqueued_at::text, m.first_received_at::text, m.visible_at::text, m.expires_at::text
 """
     + _ANSWER
 )
@@ -268,79 +393,125 @@ _REMOVE = (
 taken AS (
     DELETE FROM broker.messages m
     USING picked p
+    CROSS JOIN stamp s
     WHERE m.queue_id = ANY (ARRAY[p.queue_id]) AND m.id = p.id
-        AND (p.n = 1 OR p.bytes_so_far <= %(max_bytes)s)
     RETURNING
-        p.n, m.queue_id, m.id, NULL::uuid AS lease_token, m.body, m.headers, m.sender,
-        m.receive_count + 1 AS receive_count,
-        m.enqueued_at, coalesce(m.first_received_at, statement_timestamp()) AS first_received_at,
-        statement_timestamp() AS visible_at, m.expires_at
+        p.n, p.place, p.visible_at AS was_visible_at, m.id, m.queue_id, NULL::bytea AS token,
+        m.body, m.headers, m.sender, m.receive_count + 1 AS receive_count,
+        m.enqueued_at::text, coalesce(m.first_received_at, s.now)::text AS first_received_at,
+        s.now::text AS visible_at, m.expires_at::text
 """
     + _ANSWER
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is wanted from one queue. `visibility_timeout` in seconds, None for the queue's."""
+
+    queue: str
+    max_messages: int
+    visibility_timeout: float | None = None
+    fresh_first: bool = False
+    floors: Floors = UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
-    """Messages that were handed out, in order, and the leases to give back if nobody hears of them."""
+    """Messages that were handed out, in order, and the leases to give back if nobody hears of them.
+
+    `is_cut` where there may be more messages, which were too large for one answer.
+    """
 
     messages: list[Message]
     leases: list[Lease]
     lease_seconds: float
+    is_cut: bool = False
 
 
-async def dequeue(
-    connection: Connection,
-    queue: str,
-    max_messages: int,
-    visibility_timeout: float | None,
-    *,
-    at_most_once: bool = False,
-    fresh_first: bool = False,
-) -> Delivery:
-    """Lease up to `max_messages` (or remove them, `at_most_once`); return them in hand-out order.
+@dataclass(frozen=True, slots=True)
+class HandOut:
+    """What one statement handed out by queue (those that do not exist are missing), and what it saw of the lanes.
 
-    `visibility_timeout` in seconds, None for the queue's. Stops after 8 MiB of bodies, never before the
-    first message. A paused queue hands out nothing.
+    `view` is None, and `first_ready` empty, where no queue exists.
+    """
 
-    Raises QueueNotFound.
+    deliveries: dict[str, Delivery]
+    view: View | None
+    first_ready: dict[str, Floors]
+
+
+async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_once: bool = False) -> HandOut:
+    """Lease messages of several queues, each named once (or remove them, `at_most_once`).
+
+    Stops after 8 MiB of bodies in all, never before the first message. A paused queue hands out nothing.
     """
     cursor = await connection.execute(
         _REMOVE if at_most_once else _LEASE,
         {
-            "queue": queue,
-            "max_messages": max_messages,
-            "visibility_timeout": visibility_timeout,
-            "first_lane": FRESH if fresh_first else RETURNED,
-            "second_lane": RETURNED if fresh_first else FRESH,
+            "queues": [each.queue for each in wanted],
+            "max_messages": [each.max_messages for each in wanted],
+            "visibility_timeouts": [each.visibility_timeout for each in wanted],
+            "fresh_first": [each.fresh_first for each in wanted],
+            "fresh_floors": [each.floors.fresh for each in wanted],
+            "returned_floors": [each.floors.returned for each in wanted],
             "max_bytes": MAX_BODY_BYTES_PER_ANSWER,
         },
+        binary=True,
     )
-    rows = await cursor.fetchall()
-    if not rows:
-        raise QueueNotFound(queue=queue)
-    lease_seconds = rows[0][0]
-    taken = [row[2:] for row in rows if row[1] is not None]
-    leases = [Lease(row[0], row[1], row[2]) for row in taken if row[2] is not None]
-    return Delivery([_message(queue, row) for row in taken], leases, lease_seconds)
+    handed_out = HandOut({}, None, {})
+    view = None
+    known_times: dict[Any, Any] = {None: None}
+    for row in await cursor.fetchall():
+        (n, place, _, number, queue_id, token, body, headers, sender, receive_count, *times) = row[:14]
+        queue = wanted[n - 1].queue
+        if place == 0:
+            seconds, is_cut, now, xmin, xmax, first_fresh, first_returned = row[14:]
+            delivery = handed_out.deliveries[queue] = Delivery([], [], seconds, is_cut)
+            handed_out.first_ready[queue] = Floors(first_fresh, first_returned)
+            view = View(now, xmin, xmax)
+            continue
+        for time in times:
+            if time not in known_times:
+                known_times[time] = timestamp_of_text(time)
+        enqueued_at, first_received_at, visible_at, expires_at = (known_times[time] for time in times)
+        receipt = None
+        if token is not None:
+            lease = Lease(queue_id, number, token)
+            delivery.leases.append(lease)
+            receipt = receipt_of(lease)
+        delivery.messages.append(
+            Message(
+                message_id_of(number), queue, receipt, body, headers or NO_HEADERS, sender, receive_count,
+                enqueued_at, first_received_at, visible_at, expires_at,
+            )
+        )  # fmt: skip
+    return replace(handed_out, view=view)
 
 
-def _message(queue: str, row: tuple[Any, ...]) -> Message:
-    (queue_id, number, token, body, headers, sender, receive_count, *times) = row
-    enqueued_at, first_received_at, visible_at, expires_at = times
-    return Message(
-        message_id=message_id_of(number),
-        queue=queue,
-        receipt=None if token is None else receipt_of(Lease(queue_id, number, token)),
-        body=body,
-        headers=headers or NO_HEADERS,
-        sender=sender,
-        receive_count=receive_count,
-        enqueued_at=timestamp(enqueued_at),
-        first_received_at=timestamp_or_null(first_received_at),
-        visible_at=timestamp(visible_at),
-        expires_at=timestamp_or_null(expires_at),
-    )
+@dataclass(frozen=True, slots=True)
+class DequeueCall:
+    """A consumer's call. Those of one queue that are served by one statement name the same `visibility_timeout`."""
+
+    queue: str
+    max_messages: int
+    visibility_timeout: float | None
+
+
+def share_out(calls: Sequence[DequeueCall], delivery: Delivery) -> list[Delivery]:
+    """Give each call as many messages as it asked for, the first calls first, while there are any."""
+    shares = []
+    start = 0
+    for call in calls:
+        end = start + call.max_messages
+        shares.append(
+            Delivery(
+                delivery.messages[start:end], delivery.leases[start:end], delivery.lease_seconds,
+                delivery.is_cut and end >= len(delivery.messages),
+            )
+        )  # fmt: skip
+        start = end
+    return shares
 
 
 # No locks. Rows that are ready but locked by somebody's running statement count as ready: whoever waits for
@@ -353,6 +524,7 @@ SELECT
             SELECT m.visible_at
             FROM broker.messages m
             WHERE (m.queue_id * 4::bigint + m.lane) = q.id * 4::bigint AND m.lane >= 0
+                AND m.visible_at >= coalesce(w.fresh_floor, '-infinity')
                 AND (m.expires_at IS NULL OR m.expires_at > greatest(m.visible_at, statement_timestamp()))
             ORDER BY m.visible_at, m.id
             LIMIT 1
@@ -361,21 +533,34 @@ SELECT
             SELECT m.visible_at
             FROM broker.messages m
             WHERE (m.queue_id * 4::bigint + m.lane) = q.id * 4::bigint + 1 AND m.lane >= 0
+                AND m.visible_at >= coalesce(w.returned_floor, '-infinity')
                 AND (m.expires_at IS NULL OR m.expires_at > greatest(m.visible_at, statement_timestamp()))
             ORDER BY m.visible_at, m.id
             LIMIT 1
         )
     ) - statement_timestamp())::float8,
     q.paused
-FROM broker.queues q
-WHERE q.deleted_at IS NULL AND q.name = ANY (%(queues)s::text[])
+FROM unnest(%(queues)b::text[], %(fresh_floors)b::timestamptz[], %(returned_floors)b::timestamptz[])
+    AS w (name, fresh_floor, returned_floor)
+JOIN broker.queues q ON q.name = w.name AND q.deleted_at IS NULL
 """
 
 
-async def next_visible(connection: Connection, queues: Sequence[str]) -> dict[str, float | None]:
+async def next_visible(
+    connection: Connection, queues: Sequence[str], floors: Mapping[str, Floors] | None = None
+) -> dict[str, float | None]:
     """Return for each queue in how many seconds it will have a message to hand out (≤ 0: it has one).
 
-    None where it has none, or is paused. A queue that does not exist is missing.
+    None where it has none, or is paused. A queue that does not exist is missing. `floors` are the low-water hints.
     """
-    cursor = await connection.execute(_NEXT_VISIBLE, {"queues": list(queues)})
+    hints = [(floors or {}).get(queue, UNKNOWN) for queue in queues]
+    cursor = await connection.execute(
+        _NEXT_VISIBLE,
+        {
+            "queues": list(queues),
+            "fresh_floors": [hint.fresh for hint in hints],
+            "returned_floors": [hint.returned for hint in hints],
+        },
+        binary=True,
+    )
     return {name: None if paused or seconds is None else seconds for name, seconds, paused in await cursor.fetchall()}

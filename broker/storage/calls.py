@@ -1,0 +1,169 @@
+"""The calls on the way of a message, each gathered with others of its kind: see `group_commit.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from broker.errors import BrokerError, QueueNotFound
+from broker.model import Lease, NewMessage
+from broker.storage import leases, messages
+from broker.storage.database import Connection, Database
+from broker.storage.group_commit import AGAIN, Again, GroupCommit
+from broker.storage.leases import Extended
+from broker.storage.low_water import UNKNOWN, LowWater
+from broker.storage.messages import Delivery, DequeueCall, EnqueueCall, HandOut, Stored, Wanted
+
+# One hand-out in so many takes fresh messages first, so that returned ones cannot starve a queue.
+FRESH_FIRST_EVERY = 8
+REMEMBERED_HAND_OUTS = 10_000
+# Bodies that fill a statement as a message more would.
+BYTES_LIKE_ONE_MESSAGE = 4096
+
+ExtendCall = tuple[Sequence[Lease], float]
+Watch = Callable[[str, int], None]
+
+
+class Calls:
+    """Carries out enqueue, dequeue, delete and extend.
+
+    `undelivered` is told, with the queue, of messages that were leased for a caller who is gone. `watch` is told,
+    for every statement, of which kind it was and how many calls it carried.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_calls: int = 10_000,
+        undelivered: Callable[[str, Delivery], None] = lambda queue, delivery: None,
+        watch: Watch = lambda kind, calls: None,
+    ) -> None:
+        self.low_water = LowWater(database)
+        self._hand_outs: dict[str, int] = {}
+
+        def abandon(call: DequeueCall, delivery: Delivery) -> None:
+            undelivered(call.queue, delivery)
+
+        self._enqueue: GroupCommit[EnqueueCall, Stored] = GroupCommit(
+            database, messages.enqueue, max_calls=max_calls, watch=lambda calls: watch("enqueue", calls)
+        )
+        self._lease: GroupCommit[DequeueCall, Delivery] = GroupCommit(
+            database,
+            lambda connection, calls: self._hand_out(connection, calls, at_most_once=False),
+            max_calls=max_calls,
+            abandon=abandon,
+            watch=lambda calls: watch("dequeue", calls),
+        )
+        self._remove: GroupCommit[DequeueCall, Delivery] = GroupCommit(
+            database,
+            lambda connection, calls: self._hand_out(connection, calls, at_most_once=True),
+            max_calls=max_calls,
+            watch=lambda calls: watch("dequeue", calls),
+        )
+        self._delete: GroupCommit[Sequence[Lease], list[bool | BrokerError]] = GroupCommit(
+            database, _delete, max_calls=max_calls, watch=lambda calls: watch("delete", calls)
+        )
+        self._extend: GroupCommit[ExtendCall, list[Extended | BrokerError]] = GroupCommit(
+            database, _extend, max_calls=max_calls, watch=lambda calls: watch("extend_visibility", calls)
+        )
+
+    async def enqueue(self, queue: str, new: Sequence[NewMessage]) -> Stored:
+        """Store messages in a queue, all or none.
+
+        Raises QueueNotFound, MessageTooLarge and QueueFull, whose `index` names the message.
+        """
+        size = len(new) + sum([len(message.body) for message in new]) // BYTES_LIKE_ONE_MESSAGE
+        return await self._enqueue.call(EnqueueCall(queue, new), line=queue, size=size)
+
+    async def dequeue(
+        self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool = False
+    ) -> Delivery:
+        """Lease up to `max_messages` (or remove them, `at_most_once`). Raises QueueNotFound."""
+        group = self._remove if at_most_once else self._lease
+        call = DequeueCall(queue, max_messages, visibility_timeout)
+        return await group.call(call, line=queue, size=max_messages, options=visibility_timeout)
+
+    async def delete(self, held: Sequence[Lease]) -> list[bool | BrokerError]:
+        """Delete the messages of these leases: True, False where it is already gone, or LeaseLost."""
+        return await self._delete.call(held, line=held[0].queue_id, size=len(held))
+
+    async def extend(self, held: Sequence[Lease], visibility_timeout: float) -> list[Extended | BrokerError]:
+        """Let these leases end `visibility_timeout` seconds from now; 0 gives the messages back at once."""
+        return await self._extend.call((held, visibility_timeout), line=held[0].queue_id, size=len(held))
+
+    async def _hand_out(
+        self, connection: Connection, calls: Sequence[DequeueCall], *, at_most_once: bool
+    ) -> list[Delivery | BrokerError | Again]:
+        """Serve the calls of each queue together, in one statement for all the queues."""
+        by_queue: dict[str, list[int]] = {}
+        for place, call in enumerate(calls):
+            by_queue.setdefault(call.queue, []).append(place)
+        wanted = [
+            Wanted(
+                queue,
+                sum(calls[place].max_messages for place in places),
+                calls[places[0]].visibility_timeout,
+                fresh_first=(self._hand_outs.get(queue, 0) + 1) % FRESH_FIRST_EVERY == 0,
+                floors=self.low_water.floors(queue),
+            )
+            for queue, places in by_queue.items()
+        ]
+        handed_out = await self._look(connection, wanted, at_most_once=at_most_once)
+        if not any(delivery.messages for delivery in handed_out.deliveries.values()):
+            doubted = [replace(each, floors=UNKNOWN) for each in wanted if self.low_water.is_in_doubt(each.queue)]
+            if doubted:
+                began_at = time.monotonic()
+                again = await self._look(connection, doubted, at_most_once=at_most_once)
+                handed_out.deliveries.update(again.deliveries)
+                seconds = time.monotonic() - began_at
+                self.low_water.looked_from_the_beginning((each.queue for each in doubted), seconds)
+        results: list[Delivery | BrokerError | Again] = [AGAIN] * len(calls)
+        for queue, places in by_queue.items():
+            delivery = handed_out.deliveries.get(queue)
+            if delivery is None:
+                for place in places:
+                    results[place] = QueueNotFound(queue=queue)
+                continue
+            if delivery.messages:
+                self._count_hand_out(queue)
+            shares = messages.share_out([calls[place] for place in places], delivery)
+            for place, share in zip(places, shares, strict=True):
+                if share.messages or not share.is_cut:
+                    results[place] = share
+        return results
+
+    async def _look(self, connection: Connection, wanted: Sequence[Wanted], *, at_most_once: bool) -> HandOut:
+        """Hand out, and learn from what was seen."""
+        newest_before = self.low_water.newest
+        handed_out = await messages.hand_out(connection, wanted, at_most_once=at_most_once)
+        if handed_out.view is not None:
+            looked_from = {each.queue: each.floors for each in wanted}
+            self.low_water.learn(
+                handed_out.view,
+                newest_before,
+                {queue: (looked_from[queue], first) for queue, first in handed_out.first_ready.items()},
+            )
+        return handed_out
+
+    def _count_hand_out(self, queue: str) -> None:
+        if len(self._hand_outs) >= REMEMBERED_HAND_OUTS:
+            self._hand_outs.clear()
+        self._hand_outs[queue] = self._hand_outs.get(queue, 0) + 1
+
+
+async def _delete(
+    connection: Connection, calls: Sequence[Sequence[Lease]]
+) -> list[list[bool | BrokerError] | BrokerError | Again]:
+    results = iter(await leases.delete(connection, [lease for held in calls for lease in held]))
+    return [[next(results) for _ in held] for held in calls]
+
+
+async def _extend(
+    connection: Connection, calls: Sequence[ExtendCall]
+) -> list[list[Extended | BrokerError] | BrokerError | Again]:
+    held = [lease for each, _ in calls for lease in each]
+    seconds = [visibility_timeout for each, visibility_timeout in calls for _ in each]
+    results = iter(await leases.extend(connection, held, seconds))
+    return [[next(results) for _ in each] for each, _ in calls]
