@@ -15,6 +15,7 @@ managers send them to every process, and the supervisor says when to stop.
 """
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -32,6 +33,8 @@ from broker.metrics import share_metrics
 from broker.server import Server, StartError, Stopped, collect_less_garbage, run_to_end, unless_stopped
 from broker.settings import Settings
 from broker.sharing import Scoreboard, Share
+
+log = logging.getLogger("broker.worker")
 
 READY = b"ready\n"
 STOP = b"stop\n"
@@ -93,6 +96,7 @@ async def work() -> None:
             say(READY)
             await stop.wait()
             if order.result() != STOP:
+                log.error("the supervisor has died, so this worker ends worker=%d", job.worker)
                 await server.leave_port()
     if order.result() != STOP:
         shutil.rmtree(job.folder, ignore_errors=True)

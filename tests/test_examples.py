@@ -74,8 +74,9 @@ async def client(broker_url: str) -> AsyncIterator[Client]:
 async def running(*command: str, **environ: str | Path) -> AsyncIterator[Process]:
     unset = ("BROKER_URL", "BROKER_TOKEN", "DATABASE_URL", "DEMO_DIR", "DEMO_DATA_DIR", "DEMO_FAULT")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
+    given = {name: str(value) for name, value in environ.items()}
     process = await asyncio.create_subprocess_exec(
-        *command, cwd=PROJECT, env=kept | {"PYTHONPATH": str(PROJECT), **environ}, stdout=PIPE, stderr=PIPE
+        *command, cwd=PROJECT, env=kept | {"PYTHONPATH": str(PROJECT), **given}, stdout=PIPE, stderr=PIPE
     )
     try:
         yield process

@@ -18,7 +18,7 @@ No estimate is less than what was counted.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
@@ -162,17 +162,18 @@ async def count(
     if not cut:
         return {name: _result(queue, None) for name, queue in found.items()}
     sample = await _sample(connection, cut)
-    # Worth another walk is what may be exact after it.
-    short = {
-        (name, part): queue.walks[part].expired > 0
-        for name, queue in found.items()
-        for part in queue.cut()
-        if not sample.is_everything and sample.estimate(queue, part) <= SHORT
-    }
-    if short:
+    left = entries - walked
+    if left >= 2 * first and not sample.is_everything:
+        # Worth another walk is what may be exact after it.
+        short = {
+            (name, part): queue.walks[part].expired > 0
+            for name, queue in found.items()
+            for part in queue.cut()
+            if sample.estimate(queue, part) <= SHORT
+        }
         furthest = LONGEST_WALK if any(short.values()) else EXACT_UP_TO + 1
-        further = min(furthest, (entries - walked) // len(short))
-        if further >= 2 * first:
+        further = min(furthest, left // max(1, len(short)))
+        if short and further >= 2 * first:
             await _walk(connection, found, {name for name, _ in short}, {part for _, part in short}, further)
     return {name: _result(queue, sample) for name, queue in found.items()}
 
@@ -250,13 +251,13 @@ sample AS (
 ),
 """
 
-# The lanes that are asked for one by one, the others together. `blocks` is in how many of them a row was met.
+# The lanes that are asked for one by one, the others together as 0 and 1; `blocks` is in how many of them a row was.
 _SAMPLE = (
     _SAMPLED
     + """
 in_block AS (
     SELECT
-        n, CASE WHEN lane IN (SELECT unnest(%(lanes)s::bigint[])) THEN lane ELSE 0 END AS lane,
+        n, CASE WHEN lane IN (SELECT unnest(%(lanes)s::bigint[])) THEN lane ELSE lane & 3 END AS lane,
         is_future, is_alive, count(*) AS rows
     FROM sample
     GROUP BY 1, 2, 3, 4
@@ -291,17 +292,19 @@ class _State(NamedTuple):
 
 @dataclass
 class _Seen:
-    """What a sample saw of a lane: how many rows in each state, in how many blocks."""
+    """What a sample saw of a lane: how many rows in each state and in all, in how many blocks."""
 
-    rows: Counter[_State] = field(default_factory=Counter)
+    of_state: dict[_State, int] = field(default_factory=dict)
+    rows: int = 0
     blocks: int = 0
 
     def add(self, state: _State, rows: int, blocks: int) -> None:
-        self.rows[state] += rows
+        self.of_state[state] = self.of_state.get(state, 0) + rows
+        self.rows += rows
         self.blocks += blocks
 
     def rows_in_block(self) -> float:
-        return self.rows.total() / self.blocks if self.blocks else 0.0
+        return self.rows / self.blocks if self.blocks else 0.0
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,8 @@ class _Sample:
         self.stride = stride
         self._blocks = blocks
         self._of_lane: defaultdict[int, _Seen] = defaultdict(_Seen)
+        # Of all fresh lanes together, and of all returned ones.
+        self._of_kind: defaultdict[int, _Seen] = defaultdict(_Seen)
         self.rows = 0
         self.shares: _Shares | None = None
 
@@ -332,6 +337,7 @@ class _Sample:
 
     def add(self, lane: int, state: _State, rows: int, blocks: int) -> None:
         self._of_lane[lane].add(state, rows, blocks)
+        self._of_kind[lane & 3].add(state, rows, blocks)
         self.rows += rows
 
     def estimate(self, queue: _Queue, part: Part) -> int:
@@ -340,21 +346,31 @@ class _Sample:
         state = _State(part.is_future, is_alive=True)
         seen = self._of_lane[lane]
         if self.is_everything:
-            return seen.rows[state]
+            return seen.of_state.get(state, 0)
         counted = queue.walks[part].counted
         in_lane = self._analysed(lane)
         walks = {is_future: queue.walks[Part(part.lane, is_future)] for is_future in (False, True)}
         if in_lane is None or in_lane < sum(walk.counted + walk.expired for walk in walks.values()):
-            return max(counted, self.stride * seen.rows[state])
+            return max(counted, self.stride * seen.of_state.get(state, 0))
         # What lies in the lane, less what is known of it, is shared out in proportion to what the sample saw.
         weights = {
-            _State(is_future, is_alive): max(met, self.stride * seen.rows[_State(is_future, is_alive)])
+            _State(is_future, is_alive): max(met, self._weight(seen, part.lane, _State(is_future, is_alive)))
             for is_future, walk in walks.items()
             for is_alive, met in ((True, walk.counted), (False, walk.expired))
             if walk.is_cut or not is_alive
         }
         known = sum(walk.counted for walk in walks.values() if not walk.is_cut)
         return max(counted, round((in_lane - known) * weights[state] / sum(weights.values())))
+
+    def _weight(self, seen: _Seen, kind: int, state: _State) -> float:
+        """Return how many messages of a lane are in a state, by the sample and as if it had met the lane twice more.
+
+        It may have met a small lane so seldom that it has missed this state; in these two blocks more the lane is like
+        all lanes of its kind.
+        """
+        alike = self._of_kind[kind]
+        more = 2 * (seen.rows_in_block() or alike.rows_in_block())
+        return self.stride * (seen.of_state.get(state, 0) + more * alike.of_state.get(state, 0) / max(1, alike.rows))
 
     def _analysed(self, lane: int) -> float | None:
         """Return how many messages a lane has as ANALYZE found it; None where it is not known, or not so any more.
@@ -367,7 +383,7 @@ class _Sample:
         seen = self._of_lane[lane]
         expected = self.shares.of(lane) * self.rows
         rows_in_block = seen.rows_in_block() or self.rows / self._blocks
-        if abs(expected - seen.rows.total()) > 3 * sqrt(max(expected, seen.rows.total()) * rows_in_block):
+        if abs(expected - seen.rows) > 3 * sqrt(max(expected, seen.rows) * rows_in_block):
             return None
         return expected * self.stride
 

@@ -27,6 +27,7 @@ from psycopg.pq import Format
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
+from broker.storage import arrays
 
 T = TypeVar("T")
 Connection = AsyncConnection[tuple[Any, ...]]
@@ -97,6 +98,7 @@ class BinaryJsonLoader(JsonLoader):
 
 async def configure(connection: Connection) -> None:
     """Make a new connection ready for use."""
+    arrays.register(connection.adapters)
     connection.adapters.register_loader("json", JsonLoader)
     connection.adapters.register_loader("json", BinaryJsonLoader)
     for name, value in SESSION_SETTINGS.items():

@@ -8,14 +8,15 @@ for each other in a circle. They take no lock beforehand: that would write a rec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import msgspec
 from psycopg.errors import DeadlockDetected, LockNotAvailable
 
 from broker.errors import BrokerError, LeaseLost
 from broker.model import Lease
+from broker.storage.arrays import ByteaArray, Int4Array, Int8Array
 from broker.storage.database import Connection
 
 # Locks: the rows of the receipts whose lease is the newest, in the order of the primary key, waiting for each.
@@ -110,8 +111,7 @@ RETURNING w.n, m.visible_at, w.name
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Extended:
+class Extended(msgspec.Struct, frozen=True):
     """The new end of a lease, and the queue that its message lies in."""
 
     visible_at: datetime
@@ -176,9 +176,9 @@ async def _for_leases(
         return []
     in_order = sorted(leases, key=_primary_key)
     params: dict[str, Any] = {
-        "queue_ids": [lease.queue_id for lease in in_order],
-        "ids": [lease.id for lease in in_order],
-        "tokens": [lease.token for lease in in_order],
+        "queue_ids": Int4Array([lease.queue_id for lease in in_order]),
+        "ids": Int8Array([lease.id for lease in in_order]),
+        "tokens": ByteaArray([lease.token for lease in in_order]),
     }
     if visibility_timeouts is not None:
         params["visibility_timeouts"] = [visibility_timeouts[lease] for lease in in_order]

@@ -38,6 +38,7 @@ from broker.model import (
     receipt_of,
     timestamp_of_text,
 )
+from broker.storage.arrays import Int4Array, TextArray
 from broker.storage.database import Connection
 from broker.storage.low_water import UNKNOWN, Floors, View
 
@@ -145,16 +146,14 @@ SELECT
 """
 
 
-@dataclass(frozen=True, slots=True)
-class EnqueueCall:
+class EnqueueCall(msgspec.Struct, frozen=True):
     """Messages that are stored in one queue, all or none."""
 
     queue: str
     messages: Sequence[NewMessage]
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(msgspec.Struct, frozen=True):
     """What a call has stored: the message ids in order, and the shortest delay among them in seconds."""
 
     ids: list[int]
@@ -186,10 +185,10 @@ async def enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list[
         _ENQUEUE,
         {
             "queues": list(targets),
-            "calls": numbers,
-            "targets": of_target,
-            "places": places,
-            "bodies": [message.body for message in new],
+            "calls": Int4Array(numbers),
+            "targets": Int4Array(of_target),
+            "places": Int4Array(places),
+            "bodies": TextArray([message.body.encode() for message in new]),
             "headers": _none_if_all_are([message.headers for message in new]),
             "senders": _none_if_all_are([message.sender for message in new]),
             "delays": _none_if_all_are([message.delay for message in new]),
@@ -416,8 +415,7 @@ class Wanted:
     floors: Floors = UNKNOWN
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True):
     """Messages that were handed out, in order, and the leases to give back if nobody hears of them.
 
     `is_cut` where there may be more messages, which were too large for one answer.
@@ -489,8 +487,7 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
     return replace(handed_out, view=view)
 
 
-@dataclass(frozen=True, slots=True)
-class DequeueCall:
+class DequeueCall(msgspec.Struct, frozen=True):
     """A consumer's call. Those of one queue that are served by one statement name the same `visibility_timeout`."""
 
     queue: str
