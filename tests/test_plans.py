@@ -331,3 +331,9 @@ async def test_many_queues_that_came_since_the_last_analyze_are_found_by_index(
     held = await some_leases(table, 1000)
     for use in (lambda c: leases.delete(c, held), lambda c: leases.extend(c, held, [30] * len(held))):
         await check_lookup(table, 1000, use)
+
+
+def test_statements_are_short_enough_to_be_remembered() -> None:
+    """psycopg takes a longer one apart anew whenever it is sent: a tenth of a millisecond."""
+    for statement in (messages._LEASE, messages._REMOVE, messages._ENQUEUE, leases._DELETE, leases._EXTEND):
+        assert len(statement) <= 4096

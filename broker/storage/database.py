@@ -78,6 +78,11 @@ LOST_RACE = {"40001", "40P01"}
 CANNOT_NOW = {"57014", "57P03", "57P04", "25006", "53000", "53100", "53200", "53300", "55P03"}
 
 
+def one_line(statement: str) -> str:
+    """Return a statement without its line breaks: psycopg remembers how to send it only up to 4096 characters."""
+    return " ".join(statement.split())
+
+
 class LockedRows(Unavailable):
     """{reason}; try again in a moment.
 
@@ -148,7 +153,7 @@ class Database:
             max_size=connections,
             max_waiting=max_calls,
             timeout=request_timeout,
-            max_idle=60,
+            max_idle=10,
             reconnect_timeout=RECONNECT_TIMEOUT_SECONDS,
             configure=configure,
             reconnect_failed=self._try_again,

@@ -33,6 +33,10 @@ log = logging.getLogger("broker.group_commit")
 # Statements of one kind that may be under way at once. With one, the broker would idle while PostgreSQL works, and
 # the other way round; with more, each carries fewer calls.
 STATEMENTS = 2
+# A request that lies in its socket takes a few turns of the event loop to become a call. A statement is sent when so
+# many turns have brought none, or at the latest after so many.
+QUIET_TURNS = 3
+MOST_TURNS = 50
 # Messages that one statement carries, unless a single call has more.
 MAX_SIZE = 1_000
 # Calls that may wait for somebody else's locks at one time.
@@ -93,6 +97,7 @@ class GroupCommit(Generic[C, R]):
         # The calls of each queue, first come first; the queue whose turn it is comes first.
         self._lines: OrderedDict[Hashable, deque[_Pending[C, R]]] = OrderedDict()
         self._waiting = 0
+        self._arrived = 0
         self._under_way = 0
         self._is_starting = False
         self._patience = asyncio.Semaphore(PATIENT_CALLS)
@@ -111,6 +116,7 @@ class GroupCommit(Generic[C, R]):
         pending: _Pending[C, R] = _Pending(call, size, options, deadline, loop.create_future())
         self._lines.setdefault(line, deque()).append(pending)
         self._waiting += 1
+        self._arrived += 1
         self._start_soon(loop)
         timer = loop.call_at(deadline, pending.expire)
         try:
@@ -138,9 +144,14 @@ class GroupCommit(Generic[C, R]):
         """Start a statement once everything that has already arrived has been read."""
         if not self._is_starting and self._under_way < STATEMENTS and self._lines:
             self._is_starting = True
-            loop.call_soon(self._start)
+            loop.call_soon(self._start_when_quiet, loop, self._arrived, 0, MOST_TURNS)
 
-    def _start(self) -> None:
+    def _start_when_quiet(self, loop: asyncio.AbstractEventLoop, arrived: int, quiet_turns: int, turns: int) -> None:
+        """Let the event loop read on while every few of its turns bring another call."""
+        quiet_turns = quiet_turns + 1 if self._arrived == arrived else 0
+        if quiet_turns < QUIET_TURNS and turns and self._waiting < MAX_SIZE:
+            loop.call_soon(self._start_when_quiet, loop, self._arrived, quiet_turns, turns - 1)
+            return
         self._is_starting = False
         batch = self._take()
         if batch:

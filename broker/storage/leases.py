@@ -27,12 +27,13 @@ from broker.storage.database import Connection
 # was quicker, and only a new snapshot can tell what became of it.
 _DELETE = """
 /* delete */
-WITH wanted AS MATERIALIZED (
-    SELECT
-        w.n, w.queue_id, w.id, w.token,
-        EXISTS (
-            SELECT FROM broker.queues q WHERE q.id = ANY (ARRAY[w.queue_id]) AND q.deleted_at IS NULL
-        ) AS has_queue
+WITH existing AS MATERIALIZED (
+    SELECT id
+    FROM broker.queues
+    WHERE id = ANY (%(queues)b::int[]) AND deleted_at IS NULL
+),
+wanted AS MATERIALIZED (
+    SELECT n, queue_id, id, token, queue_id IN (SELECT id FROM existing) AS has_queue
     FROM unnest(%(queue_ids)b::int[], %(ids)b::bigint[], %(tokens)b::bytea[])
         WITH ORDINALITY AS w (queue_id, id, token, n)
 ),
@@ -90,12 +91,17 @@ async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool |
 # low_water.py asks for: a lease may be made to end now.
 _EXTEND = """
 /* extend_visibility */
-WITH wanted AS MATERIALIZED (
+WITH existing AS MATERIALIZED (
+    SELECT id, name
+    FROM broker.queues
+    WHERE id = ANY (%(queues)b::int[]) AND deleted_at IS NULL
+),
+wanted AS MATERIALIZED (
     SELECT w.n, w.queue_id, w.id, w.token, w.visibility_timeout, q.name
     FROM unnest(
         %(queue_ids)b::int[], %(ids)b::bigint[], %(tokens)b::bytea[], %(visibility_timeouts)b::float8[]
     ) WITH ORDINALITY AS w (queue_id, id, token, visibility_timeout, n)
-    JOIN broker.queues q ON q.id = ANY (ARRAY[w.queue_id]) AND q.deleted_at IS NULL
+    JOIN existing q ON q.id = w.queue_id
     ORDER BY w.n
 ),
 stamp AS MATERIALIZED (
@@ -176,6 +182,7 @@ async def _for_leases(
         return []
     in_order = sorted(leases, key=_primary_key)
     params: dict[str, Any] = {
+        "queues": Int4Array(list({lease.queue_id for lease in in_order})),
         "queue_ids": Int4Array([lease.queue_id for lease in in_order]),
         "ids": Int8Array([lease.id for lease in in_order]),
         "tokens": ByteaArray([lease.token for lease in in_order]),

@@ -30,7 +30,9 @@ import msgspec
 
 from broker.errors import BrokerError, MessageTooLarge, QueueFull, QueueNotFound
 from broker.model import (
+    FRESH,
     MAX_BODY_BYTES_PER_ANSWER,
+    RETURNED,
     Lease,
     Message,
     NewMessage,
@@ -39,7 +41,7 @@ from broker.model import (
     timestamp_of_text,
 )
 from broker.storage.arrays import Int4Array, TextArray
-from broker.storage.database import Connection
+from broker.storage.database import Connection, one_line
 from broker.storage.low_water import UNKNOWN, Floors, View
 
 NO_HEADERS = msgspec.Raw(b"{}")
@@ -58,7 +60,7 @@ IS_ALIVE = """(
 # the order of the statements, and within a statement in the order of the input. A call is stored whole or
 # not at all: one refused message keeps back the others of its call, and none of any other call. What is
 # stored is stamped after the transaction has its id, as low_water.py asks for.
-_ENQUEUE = """
+_ENQUEUE = one_line("""
 /* enqueue */
 WITH target AS MATERIALIZED (
     SELECT
@@ -75,7 +77,7 @@ WITH target AS MATERIALIZED (
                             OR (m.lane = 1 AND m.visible_at > statement_timestamp())
                         )
                     LIMIT q.max_messages
-                ) AS counted
+                ) AS c
             )
             WHEN q.max_messages IS NOT NULL THEN (
                 SELECT s.messages FROM broker.queue_sizes s WHERE s.queue_id = q.id
@@ -143,7 +145,7 @@ SELECT
             ) AS i
         )
     END
-"""
+""")
 
 
 class EnqueueCall(msgspec.Struct, frozen=True):
@@ -247,73 +249,69 @@ _PICK = """
 /* dequeue */
 WITH wanted AS MATERIALIZED (
     SELECT
-        w.n, w.fresh_first, q.id * 4::bigint AS fresh_lane, q.id * 4::bigint + 1 AS returned_lane,
-        coalesce(w.fresh_floor, '-infinity') AS fresh_floor,
-        coalesce(w.returned_floor, '-infinity') AS returned_floor,
+        w.n,
+        q.id * 4::bigint + w.first_lane AS first_lane,
+        q.id * 4::bigint + 1 - w.first_lane AS second_lane,
+        coalesce(w.first_floor, '-infinity') AS first_floor,
+        coalesce(w.second_floor, '-infinity') AS second_floor,
         CASE WHEN q.paused THEN 0 ELSE w.max_messages END AS max_messages,
         coalesce(w.visibility_timeout, q.visibility_timeout) AS visibility_timeout
     FROM unnest(
-        %(queues)b::text[], %(max_messages)b::int[], %(visibility_timeouts)b::float8[], %(fresh_first)b::bool[],
-        %(fresh_floors)b::timestamptz[], %(returned_floors)b::timestamptz[]
-    ) WITH ORDINALITY AS w (
-        queue, max_messages, visibility_timeout, fresh_first, fresh_floor, returned_floor, n
-    )
+        %(queues)b::text[], %(max_messages)b::int[], %(visibility_timeouts)b::float8[], %(first_lanes)b::int[],
+        %(first_floors)b::timestamptz[], %(second_floors)b::timestamptz[]
+    ) WITH ORDINALITY AS w (queue, max_messages, visibility_timeout, first_lane, first_floor, second_floor, n)
     JOIN broker.queues q ON q.name = w.queue AND q.deleted_at IS NULL
 ),
 first_lane AS MATERIALIZED (
-    SELECT w.n, w.visibility_timeout, m.queue_id, m.id, m.visible_at, m.body_bytes
+    SELECT w.n, w.visibility_timeout, m.*
     FROM wanted w
     CROSS JOIN LATERAL (
         SELECT queue_id, id, visible_at, body_bytes
         FROM broker.messages
-        WHERE (queue_id * 4::bigint + lane) = CASE WHEN w.fresh_first THEN w.fresh_lane ELSE w.returned_lane END
-            AND lane >= 0
-            AND visible_at >= CASE WHEN w.fresh_first THEN w.fresh_floor ELSE w.returned_floor END
-            AND visible_at <= statement_timestamp()
+        WHERE (queue_id * 4::bigint + lane) = w.first_lane AND lane >= 0
+            AND visible_at >= w.first_floor AND visible_at <= statement_timestamp()
             AND (expires_at IS NULL OR expires_at > statement_timestamp())
         ORDER BY visible_at, id
         LIMIT w.max_messages
         FOR UPDATE SKIP LOCKED
-    ) AS m
+    ) m
 ),
 second_lane AS MATERIALIZED (
-    SELECT w.n, w.visibility_timeout, m.queue_id, m.id, m.visible_at, m.body_bytes
+    SELECT w.n, w.visibility_timeout, m.*
     FROM wanted w
     CROSS JOIN LATERAL (
         SELECT queue_id, id, visible_at, body_bytes
         FROM broker.messages
-        WHERE (queue_id * 4::bigint + lane) = CASE WHEN w.fresh_first THEN w.returned_lane ELSE w.fresh_lane END
-            AND lane >= 0
-            AND visible_at >= CASE WHEN w.fresh_first THEN w.returned_floor ELSE w.fresh_floor END
-            AND visible_at <= statement_timestamp()
+        WHERE (queue_id * 4::bigint + lane) = w.second_lane AND lane >= 0
+            AND visible_at >= w.second_floor AND visible_at <= statement_timestamp()
             AND (expires_at IS NULL OR expires_at > statement_timestamp())
         ORDER BY visible_at, id
         LIMIT w.max_messages - (SELECT count(*) FROM first_lane f WHERE f.n = w.n)
         FOR UPDATE SKIP LOCKED
-    ) AS m
+    ) m
 ),
-both_lanes AS MATERIALIZED (
+lanes AS MATERIALIZED (
     SELECT *, 1 AS place FROM first_lane
     UNION ALL
     SELECT *, 2 AS place FROM second_lane
 ),
 size AS MATERIALIZED (
-    SELECT sum(body_bytes) > %(max_bytes)s AS is_too_large
-    FROM both_lanes
+    SELECT sum(body_bytes) > %(max_bytes)s AS is_cut
+    FROM lanes
 ),
 picked AS MATERIALIZED (
     SELECT n, visibility_timeout, queue_id, id, visible_at, place
-    FROM both_lanes
-    WHERE NOT (SELECT is_too_large FROM size)
+    FROM lanes
+    WHERE NOT (SELECT is_cut FROM size)
     UNION ALL
     SELECT n, visibility_timeout, queue_id, id, visible_at, place
     FROM (
-        SELECT *, row_number() OVER in_order AS position, sum(body_bytes) OVER in_order AS bytes_so_far
-        FROM both_lanes
-        WHERE (SELECT is_too_large FROM size)
+        SELECT *, row_number() OVER in_order AS position, sum(body_bytes) OVER in_order AS bytes
+        FROM lanes
+        WHERE (SELECT is_cut FROM size)
         WINDOW in_order AS (ORDER BY n, place, visible_at, id)
-    ) AS counted
-    WHERE position = 1 OR bytes_so_far <= %(max_bytes)s
+    ) AS c
+    WHERE position = 1 OR bytes <= %(max_bytes)s
 ),
 stamp AS MATERIALIZED (
     SELECT clock_timestamp() AS now
@@ -327,42 +325,41 @@ stamp AS MATERIALIZED (
 _ANSWER = """
 )
 SELECT
-    n, place, was_visible_at, id, queue_id, token, body, headers, sender, receive_count,
+    n, place, was_at, id, queue_id, token, body, headers, sender, receive_count,
     enqueued_at, first_received_at, visible_at, expires_at,
-    NULL AS visibility_timeout, NULL AS is_cut, NULL AS now, NULL AS xmin, NULL AS xmax,
-    NULL AS first_fresh, NULL AS first_returned
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL
 FROM taken
 UNION ALL
 SELECT
     w.n, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
     w.visibility_timeout,
-    coalesce((SELECT is_too_large FROM size), false),
+    coalesce((SELECT is_cut FROM size), false),
     statement_timestamp(),
     pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
     pg_snapshot_xmax(pg_current_snapshot())::text::bigint,
     (
-        SELECT m.visible_at
-        FROM broker.messages m
-        WHERE (m.queue_id * 4::bigint + m.lane) = w.fresh_lane AND m.lane >= 0
-            AND m.visible_at >= w.fresh_floor AND m.visible_at <= statement_timestamp()
-            AND (m.expires_at IS NULL OR m.expires_at > statement_timestamp())
-        ORDER BY m.visible_at, m.id
+        SELECT visible_at
+        FROM broker.messages
+        WHERE (queue_id * 4::bigint + lane) = w.first_lane AND lane >= 0
+            AND visible_at >= w.first_floor AND visible_at <= statement_timestamp()
+            AND (expires_at IS NULL OR expires_at > statement_timestamp())
+        ORDER BY visible_at, id
         LIMIT 1
     ),
     (
-        SELECT m.visible_at
-        FROM broker.messages m
-        WHERE (m.queue_id * 4::bigint + m.lane) = w.returned_lane AND m.lane >= 0
-            AND m.visible_at >= w.returned_floor AND m.visible_at <= statement_timestamp()
-            AND (m.expires_at IS NULL OR m.expires_at > statement_timestamp())
-        ORDER BY m.visible_at, m.id
+        SELECT visible_at
+        FROM broker.messages
+        WHERE (queue_id * 4::bigint + lane) = w.second_lane AND lane >= 0
+            AND visible_at >= w.second_floor AND visible_at <= statement_timestamp()
+            AND (expires_at IS NULL OR expires_at > statement_timestamp())
+        ORDER BY visible_at, id
         LIMIT 1
     )
 FROM wanted w
-ORDER BY n, place, was_visible_at, id
+ORDER BY n, place, was_at, id
 """
 
-_LEASE = (
+_LEASE = one_line(
     _PICK
     + """
 taken AS (
@@ -377,7 +374,7 @@ taken AS (
     CROSS JOIN stamp s
     WHERE m.queue_id = ANY (ARRAY[p.queue_id]) AND m.id = p.id
     RETURNING
-        p.n, p.place, p.visible_at AS was_visible_at, m.id, m.queue_id, uuid_send(m.lease_token) AS token,
+        p.n, p.place, p.visible_at AS was_at, m.id, m.queue_id, uuid_send(m.lease_token) AS token,
         m.body, m.headers, m.sender, m.receive_count,
         m.enqueued_at::text, m.first_received_at::text, m.visible_at::text, m.expires_at::text
 """
@@ -386,7 +383,7 @@ taken AS (
 
 # At most once: the row is gone, committed, before anybody sees the message. What it returns is what the
 # message was, so the delivery is counted on the way out.
-_REMOVE = (
+_REMOVE = one_line(
     _PICK
     + """
 taken AS (
@@ -395,7 +392,7 @@ taken AS (
     CROSS JOIN stamp s
     WHERE m.queue_id = ANY (ARRAY[p.queue_id]) AND m.id = p.id
     RETURNING
-        p.n, p.place, p.visible_at AS was_visible_at, m.id, m.queue_id, NULL::bytea AS token,
+        p.n, p.place, p.visible_at AS was_at, m.id, m.queue_id, NULL::bytea AS token,
         m.body, m.headers, m.sender, m.receive_count + 1 AS receive_count,
         m.enqueued_at::text, coalesce(m.first_received_at, s.now)::text AS first_received_at,
         s.now::text AS visible_at, m.expires_at::text
@@ -450,9 +447,9 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
             "queues": [each.queue for each in wanted],
             "max_messages": [each.max_messages for each in wanted],
             "visibility_timeouts": [each.visibility_timeout for each in wanted],
-            "fresh_first": [each.fresh_first for each in wanted],
-            "fresh_floors": [each.floors.fresh for each in wanted],
-            "returned_floors": [each.floors.returned for each in wanted],
+            "first_lanes": [FRESH if each.fresh_first else RETURNED for each in wanted],
+            "first_floors": [each.floors[FRESH if each.fresh_first else RETURNED] for each in wanted],
+            "second_floors": [each.floors[RETURNED if each.fresh_first else FRESH] for each in wanted],
             "max_bytes": MAX_BODY_BYTES_PER_ANSWER,
         },
         binary=True,
@@ -464,9 +461,9 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
         (n, place, _, number, queue_id, token, body, headers, sender, receive_count, *times) = row[:14]
         queue = wanted[n - 1].queue
         if place == 0:
-            seconds, is_cut, now, xmin, xmax, first_fresh, first_returned = row[14:]
+            seconds, is_cut, now, xmin, xmax, *first_ready = row[14:]
             delivery = handed_out.deliveries[queue] = Delivery([], [], seconds, is_cut)
-            handed_out.first_ready[queue] = Floors(first_fresh, first_returned)
+            handed_out.first_ready[queue] = Floors(*(first_ready if wanted[n - 1].fresh_first else first_ready[::-1]))
             view = View(now, xmin, xmax)
             continue
         for time in times:
