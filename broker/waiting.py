@@ -41,6 +41,9 @@ SHORT_LEASE_SECONDS = 2 * LOOK_SECONDS
 RETRY_SECONDS = 0.01
 
 
+NOTHING = Delivery([], [], 0.0)
+
+
 class Line:
     """Those who wait for one queue, first come first."""
 
@@ -50,6 +53,9 @@ class Line:
         self._timer: asyncio.TimerHandle | None = None
         self._on_time = on_time
         self.in_vain = 0
+        # Whether there may be messages of which nobody who stands here was told, and how often that was found.
+        self.may_have_more = True
+        self.doubts = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -73,6 +79,18 @@ class Line:
             waiter, _ = self._waiting.popitem(last=False)
             waiter.set_result(None)
             consumers -= 1
+        if consumers > 0:
+            self.doubt()
+
+    def wake_more(self) -> None:
+        """Wake two, where one has found as much as it asked for: soon all look who wait, in one statement."""
+        for _ in range(min(2, len(self._waiting))):
+            self.wake(1)
+
+    def doubt(self) -> None:
+        """There may be messages of which nobody was told."""
+        self.may_have_more = True
+        self.doubts += 1
 
     def wake_in(self, seconds: float) -> bool:
         """Wake the first one in so many seconds; return False where an earlier time was known."""
@@ -86,6 +104,7 @@ class Line:
 
     def _time_has_come(self) -> None:
         self._timer = None
+        self.doubt()
         self.wake(1)
         self._on_time()
 
@@ -124,25 +143,34 @@ class WaitingRoom:
         *,
         at_most_once: bool = False,
     ) -> Delivery:
-        """Take messages; where there are none, wait up to `wait` seconds. Raises QueueNotFound, Overloaded."""
+        """Take messages; where there are none, wait up to `wait` seconds. Raises QueueNotFound, Overloaded.
+
+        Who comes when others wait already does not look first: they have found nothing, and it would be theirs.
+        """
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
-        has_place = False
+        has_place = has_looked = is_woken = False
         try:
             while True:
-                waiter = self._line(queue).enter() if wait > 0 and not self._is_closing else None
+                delivery = NOTHING
+                line = self._line(queue)
+                waiter = line.enter() if wait > 0 and not self._is_closing else None
                 try:
-                    delivery = await self._take(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
-                    if delivery.messages or waiter is None or loop.time() >= until:
-                        return delivery
+                    if waiter is None or is_woken or len(line) == 1 or loop.time() >= until:
+                        has_looked = True
+                        delivery = await self._take(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
+                        if delivery.messages or waiter is None or loop.time() >= until:
+                            return delivery
+                        self._look_at(queue)
                     if not has_place:
                         self._take_place()
                         has_place = True
-                    self._look_at(queue)
                     await asyncio.wait({waiter}, timeout=until - loop.time())
-                    if not waiter.done() or self._is_closing:
+                    is_woken = waiter.done()
+                    if self._is_closing or (has_looked and not is_woken):
                         return delivery
-                    waiter = None  # the wake-up is used by the next look
+                    if is_woken:
+                        waiter = None  # the wake-up is used by the next look
                 finally:
                     if waiter is not None:
                         self._line(queue).leave(waiter)
@@ -164,21 +192,25 @@ class WaitingRoom:
         self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool
     ) -> Delivery:
         """Dequeue once."""
+        doubts = self._line(queue).doubts
         try:
             delivery = await self._calls.dequeue(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
         except (BrokerError, asyncio.CancelledError):
             self._look_at(queue)  # what this one may have been woken for is somebody else's now
             raise
-        if delivery.messages:
-            self._taken(queue, delivery, max_messages)
+        self._taken(queue, delivery, max_messages, doubts)
         return delivery
 
-    def _taken(self, queue: str, delivery: Delivery, max_messages: int) -> None:
-        line = self._lines.get(queue)
-        if line is not None:
+    def _taken(self, queue: str, delivery: Delivery, max_messages: int, doubts: int) -> None:
+        """See to what a look at the queue means for those who wait; `doubts` are the line's before the look."""
+        line = self._line(queue)
+        if delivery.messages:
             line.in_vain = 0
-            if len(delivery.messages) == max_messages or delivery.is_cut:
-                line.wake(1)  # there may be more
+        if len(delivery.messages) < max_messages and not delivery.is_cut:
+            if line.doubts == doubts:
+                line.may_have_more = False
+        elif line.may_have_more or delivery.is_cut:
+            line.wake_more()
         if delivery.leases and delivery.lease_seconds < SHORT_LEASE_SECONDS:
             self.tell(News(queue, delivery.lease_seconds, len(delivery.leases)))
 

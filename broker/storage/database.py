@@ -208,7 +208,10 @@ class Database:
 
     async def read(self, operation: Operation[T], *, timeout: float | None = None) -> T:
         """Run an operation that changes nothing: when it fails, nothing was done."""
-        return await self._run(operation, timeout, unknown="none")
+        try:
+            return await self._run(operation, timeout, unknown="none", is_patient=None)
+        except LockedRows:
+            return await self._run(operation, timeout, unknown="none")
 
     async def write(self, operation: Operation[T], *, timeout: float | None = None, is_patient: bool = True) -> T:
         """Run an operation on a connection of the pool, within the deadline.
@@ -229,7 +232,9 @@ class Database:
             await connection.execute(f"SET lock_timeout = {milliseconds}".encode())
             (self._impatient.discard if is_patient else self._impatient.add)(connection)
 
-    async def _run(self, operation: Operation[T], timeout: float | None, *, unknown: str, is_patient: bool = True) -> T:
+    async def _run(
+        self, operation: Operation[T], timeout: float | None, *, unknown: str, is_patient: bool | None = True
+    ) -> T:
         call = _Call(self, self._pool, operation, unknown, is_patient=is_patient)
         task = asyncio.create_task(call.run())
         self._under_way[task] = call
@@ -263,7 +268,7 @@ class _Call:
         operation: Operation[Any],
         unknown: str,
         *,
-        is_patient: bool,
+        is_patient: bool | None,
     ) -> None:
         self._database = database
         self._pool = pool
@@ -308,7 +313,8 @@ class _Call:
     async def _use(self, connection: Connection) -> Any:
         self._connection = connection
         try:
-            await self._database.set_patience(connection, is_patient=self._is_patient)
+            if self._is_patient is not None:  # or it is not worth a round trip to the server
+                await self._database.set_patience(connection, is_patient=self._is_patient)
             self._is_sent = True
             return await self._operation(connection)
         except psycopg.errors.ReadOnlySqlTransaction:

@@ -30,9 +30,12 @@ R = TypeVar("R")
 
 log = logging.getLogger("broker.group_commit")
 
-# Statements of one kind that may be under way at once. With one, the broker would idle while PostgreSQL works, and
-# the other way round; with more, each carries fewer calls.
+# Statements of one kind that may be under way at once. One does: each carries more calls then, and the disk has
+# fewer commits to wait for, which is what the time of most calls consists of. A second one is sent where so many
+# messages wait that PostgreSQL may as well work on two processors, or where the first one takes long.
 STATEMENTS = 2
+PARALLEL_SIZE = 100
+SLOW_SECONDS = 0.02
 # A request that lies in its socket takes a few turns of the event loop to become a call. A statement is sent when so
 # many turns have brought none, or at the latest after so many.
 QUIET_TURNS = 3
@@ -97,8 +100,10 @@ class GroupCommit(Generic[C, R]):
         # The calls of each queue, first come first; the queue whose turn it is comes first.
         self._lines: OrderedDict[Hashable, deque[_Pending[C, R]]] = OrderedDict()
         self._waiting = 0
+        self._waiting_size = 0
         self._arrived = 0
         self._under_way = 0
+        self._newest_began_at = 0.0
         self._is_starting = False
         self._patience = asyncio.Semaphore(PATIENT_CALLS)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,6 +121,7 @@ class GroupCommit(Generic[C, R]):
         pending: _Pending[C, R] = _Pending(call, size, options, deadline, loop.create_future())
         self._lines.setdefault(line, deque()).append(pending)
         self._waiting += 1
+        self._waiting_size += size
         self._arrived += 1
         self._start_soon(loop)
         timer = loop.call_at(deadline, pending.expire)
@@ -138,13 +144,20 @@ class GroupCommit(Generic[C, R]):
         if len(longest) <= own + 1:
             raise refusal
         self._waiting -= 1
-        longest.pop().fail(refusal)
+        refused = longest.pop()
+        self._waiting_size -= refused.size
+        refused.fail(refusal)
 
     def _start_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start a statement once everything that has already arrived has been read."""
-        if not self._is_starting and self._under_way < STATEMENTS and self._lines:
+        if not self._is_starting and self._lines and self._may_start(loop):
             self._is_starting = True
             loop.call_soon(self._start_when_quiet, loop, self._arrived, 0, MOST_TURNS)
+
+    def _may_start(self, loop: asyncio.AbstractEventLoop) -> bool:
+        if self._under_way in (0, STATEMENTS):
+            return not self._under_way
+        return self._waiting_size >= PARALLEL_SIZE or loop.time() - self._newest_began_at >= SLOW_SECONDS
 
     def _start_when_quiet(self, loop: asyncio.AbstractEventLoop, arrived: int, quiet_turns: int, turns: int) -> None:
         """Let the event loop read on while every few of its turns bring another call."""
@@ -156,6 +169,7 @@ class GroupCommit(Generic[C, R]):
         batch = self._take()
         if batch:
             self._under_way += 1
+            self._newest_began_at = loop.time()
             self._in_background(self._send(batch))
 
     def _take(self) -> list[_Pending[C, R]]:
@@ -176,6 +190,7 @@ class GroupCommit(Generic[C, R]):
                 continue
             line.popleft()
             self._waiting -= 1
+            self._waiting_size -= pending.size
             if line:
                 self._lines.move_to_end(name)
             else:
@@ -194,11 +209,14 @@ class GroupCommit(Generic[C, R]):
         task.add_done_callback(self._tasks.discard)
 
     async def _send(self, batch: list[_Pending[C, R]]) -> None:
+        loop = asyncio.get_running_loop()
+        slow = loop.call_later(SLOW_SECONDS, self._start_soon, loop)
         try:
             await self._carry_out(batch)
         finally:
+            slow.cancel()
             self._under_way -= 1
-            self._start_soon(asyncio.get_running_loop())
+            self._start_soon(loop)
 
     async def _carry_out(self, batch: list[_Pending[C, R]], *, is_patient: bool = False) -> None:
         """Run one statement and answer its calls; those that cannot share one are run apart."""
