@@ -8,7 +8,7 @@ ARGS ?=
 # The PostgreSQL that test-postgresql uses.
 PG_BIN ?= /usr/lib/postgresql/15/bin
 # Tests in which no statement reaches a database; test-postgresql leaves them out.
-WITHOUT_SQL = tests/test_connections.py tests/test_docs.py tests/test_packaging.py tests/test_schema.py
+WITHOUT_SQL = tests/test_benchmarks.py tests/test_connections.py tests/test_docs.py tests/test_packaging.py tests/test_schema.py
 
 VENV = .venv
 PY = $(VENV)/bin/python

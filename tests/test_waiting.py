@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -409,6 +410,41 @@ async def test_two_hundred_consumers_get_one_each_of_two_hundred_messages(
     assert [len(delivery["messages"]) for delivery in deliveries] == [1] * 200
     assert sorted(delivery["messages"][0]["body"] for delivery in deliveries) == list(range(200))
     assert await brokers[0].call("count_messages", queue="default", status="ready") == {"total": 0, "exact": True}
+
+
+@pytest.mark.parametrize("consumers", [2, 8, 40])
+async def test_no_message_is_forgotten_while_consumers_come_and_go(
+    pair: tuple[Broker, Broker], crowd: aiohttp.ClientSession, consumers: int
+) -> None:
+    """Who comes when others wait does not look for himself: a wake-up too few, and a consumer waits until the deadline.
+
+    Producers send bursts, so that now consumers wait for messages and now messages for consumers; consumers ask for
+    one or for several; the brokers hear of each other's messages by their news only.
+    """
+    brokers = [replace(broker, http=crowd) for broker in pair]
+    chance = random.Random(consumers)
+    sent: list[int] = []
+    taken: list[int] = []
+
+    async def produce(broker: Broker, first: int) -> None:
+        for n in range(first, first + 200, 5):
+            burst = [{"body": n + k} for k in range(chance.choice((1, 1, 1, 5)))]
+            await broker.call("enqueue_batch", messages=burst)
+            sent.extend(each["body"] for each in burst)
+            await asyncio.sleep(chance.choice((0, 0, 0.002, 0.02)))
+
+    async def consume(broker: Broker) -> None:
+        while True:
+            delivery = await broker.call("dequeue", wait=60, max_messages=chance.choice((1, 1, 1, 4)))
+            taken.extend(message["body"] for message in delivery["messages"])
+
+    consuming = [asyncio.create_task(consume(brokers[n % 2])) for n in range(consumers)]
+    await asyncio.gather(*(produce(brokers[n % 2], 1000 * n) for n in range(4)))
+    await until(lambda: len(taken) >= len(sent), "all are taken")
+    for task in consuming:
+        task.cancel()
+    await asyncio.gather(*consuming, return_exceptions=True)
+    assert sorted(taken) == sorted(sent)
 
 
 # ------------------------------------------------------------------------------------------------ clients that hang up
