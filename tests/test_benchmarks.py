@@ -117,7 +117,8 @@ def test_what_was_stored_counts(bodies: Path) -> None:
     assert tally.messages > 0
     assert tally.errors == {}
     assert {call["params"]["queue"] for call in calls} == {"a0", "a1", "a2"}
-    assert len({call["params"]["body"] for call in calls}) == len(calls)
+    different = len({call["params"]["body"] for call in calls})
+    assert different == min(len(calls), len(bodies.read_text().splitlines()))
     assert tally.cpu_seconds > 0
     assert 0.9 < tally.seconds < 5
 

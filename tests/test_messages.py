@@ -5,6 +5,7 @@ The sweeper is kept from sweeping: no promise rests on it. Time passes by moving
 
 from __future__ import annotations
 
+import asyncio
 import re
 from datetime import UTC, datetime
 from typing import Any
@@ -809,6 +810,9 @@ async def test_an_incomplete_deletion_is_completed_by_calling_again(
     start_broker: StartBroker, connection: Connection
 ) -> None:
     broker: Broker = await start_broker(sweep_interval=3600)
+    async with asyncio.timeout(30):
+        while b'wonderq_sweeps_total{outcome="done"} 1.0' not in broker.server.metrics.text():
+            await asyncio.sleep(0.01)
     await broker.call("create_queue", queue="q")
     await fill(connection, "q", 10)
     await connection.execute("UPDATE broker.queues SET deleted_at = now() WHERE name = 'q'")
