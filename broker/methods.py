@@ -38,6 +38,8 @@ from broker.storage.notifications import News
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
 MAX_HEADER_BYTES = 4096
+# More consumers than can wait.
+EVERYBODY = 2**31
 # Methods whose name is no Python name.
 RENAMED = {"discover": "rpc.discover"}
 
@@ -92,9 +94,13 @@ class Methods:
 
     async def _store(self, queue: str, new: Sequence[NewMessage]) -> Stored:
         stored = await self.calls.enqueue(queue, new)
+        self.stored(queue, stored)
+        return stored
+
+    def stored(self, queue: str, stored: Stored) -> None:
+        """Count messages that were stored, and let those know who wait for them."""
         self.metrics.enqueued.inc(len(stored.ids))
         self.waiting.tell(News(queue, stored.shortest_delay, len(stored.ids)))
-        return stored
 
     async def dequeue(
         self,
@@ -181,7 +187,7 @@ class Methods:
 
     async def update_queue(self, call: Call, queue: str, **attributes: Any) -> Queue:
         updated = await self.database.write(lambda connection: queues.update(connection, queue, attributes))
-        self.waiting.tell(News(queue, 0.0, 1))
+        self.waiting.tell(News(queue, 0.0, EVERYBODY))
         return updated
 
     async def get_queue(self, call: Call, queue: str) -> Queue:
@@ -212,7 +218,7 @@ class Methods:
 
     async def delete_queue(self, call: Call, queue: str) -> dict[str, Any]:
         deleted, complete = await queues.delete(self.database, queue)
-        self.waiting.tell(News(queue, 0.0, 2**31))
+        self.waiting.tell(News(queue, 0.0, EVERYBODY))
         return {"deleted_messages": deleted, "complete": complete}
 
     async def count_messages(self, call: Call, queue: str | None, status: str | None) -> Counts | dict[str, Any]:

@@ -241,6 +241,7 @@ class Server:
             self.database,
             max_calls=settings.max_calls,
             undelivered=lambda queue, delivery: self.waiting.give_back_soon(queue, delivery),
+            stored=lambda queue, stored: self.methods.stored(queue, stored),
             watch=self.metrics.statement_ended,
         )
         self.waiting = WaitingRoom(self.database, self.calls, max_waiting=settings.max_waiting_consumers)

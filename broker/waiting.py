@@ -192,12 +192,15 @@ class WaitingRoom:
         self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool
     ) -> Delivery:
         """Dequeue once."""
-        doubts = self._line(queue).doubts
+        line = self._line(queue)
+        doubts = line.doubts
         try:
             delivery = await self._calls.dequeue(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
         except (BrokerError, asyncio.CancelledError):
             self._look_at(queue)  # what this one may have been woken for is somebody else's now
             raise
+        if line is not self._line(queue):
+            doubts = -1  # it was forgotten meanwhile; the new one doubts for reasons of its own
         self._taken(queue, delivery, max_messages, doubts)
         return delivery
 
@@ -206,10 +209,12 @@ class WaitingRoom:
         line = self._line(queue)
         if delivery.messages:
             line.in_vain = 0
+        if delivery.is_cut:
+            line.doubt()
         if len(delivery.messages) < max_messages and not delivery.is_cut:
             if line.doubts == doubts:
                 line.may_have_more = False
-        elif line.may_have_more or delivery.is_cut:
+        elif line.may_have_more:
             line.wake_more()
         if delivery.leases and delivery.lease_seconds < SHORT_LEASE_SECONDS:
             self.tell(News(queue, delivery.lease_seconds, len(delivery.leases)))

@@ -13,14 +13,23 @@ from typing import Any
 
 import pytest
 
-from broker.errors import BrokerError, InternalError, LeaseLost, Overloaded, QueueFull, QueueNotFound, Unavailable
+from broker.errors import (
+    BrokerError,
+    InternalError,
+    LeaseLost,
+    MessageTooLarge,
+    Overloaded,
+    QueueFull,
+    QueueNotFound,
+    Unavailable,
+)
 from broker.model import MAX_BODY_BYTES_PER_ANSWER, NewMessage
 from broker.storage import calls as calls_module
 from broker.storage import group_commit, queues
 from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database
 from broker.storage.group_commit import GroupCommit
-from broker.storage.messages import Delivery
+from broker.storage.messages import Delivery, Stored
 from conftest import Connect
 
 DEADLINE = 30.0
@@ -111,7 +120,7 @@ async def test_what_comes_while_statements_are_under_way_becomes_the_next_one(
     async with gate_closed(keeper):
         tasks = []
         for n in range(group_commit.STATEMENTS):
-            tasks += start(group, 1)
+            tasks += start(group, 1, size=group_commit.PARALLEL_SIZE)
             await until(lambda n=n: len(statements.carried) == n + 1)  # type: ignore[misc]
         tasks += start(group, *range(1, 51))
         await asyncio.sleep(0)
@@ -431,3 +440,68 @@ async def test_what_was_leased_for_a_caller_who_is_gone_is_told(database: Databa
     delivery = await calls.dequeue("default", 1, 30)
     told = [message for _, each in undelivered for message in each.messages]
     assert len(told) + len(delivery.messages) == 1
+
+
+async def test_a_call_that_is_refused_takes_no_room_from_its_neighbours(calls: Calls, connect: Connect) -> None:
+    await queues.create(await connect(), "small", {"max_messages": 5})
+    large = NewMessage('"' + "x" * 5000 + '"', None, None, None, None)
+    answers = await results([calls.enqueue("small", new(*range(6))), calls.enqueue("small", new(1))])
+    assert [type(answer) for answer in answers] == [QueueFull, Stored]
+    answers = await results([calls.enqueue("small", [*new(1, 2, 3), large]), calls.enqueue("small", new(1, 2, 3, 4))])
+    assert [type(answer) for answer in answers] == [MessageTooLarge, Stored]
+
+
+async def test_calls_that_wait_for_a_lock_leave_no_connection_behind(database_url: str, connect: Connect) -> None:
+    """Whoever locks a message and goes for a walk must not use up the server's connections."""
+    database = Database(database_url, request_timeout=0.5)
+    await database.open(DEADLINE)
+    calls = Calls(database)
+    holder, observer = await connect(), await connect()
+    await calls.enqueue("default", new(1))
+    (lease,) = (await calls.dequeue("default", 1, 600)).leases
+    await holder.execute("BEGIN")
+    await holder.execute("SELECT FROM broker.messages FOR UPDATE")
+    for _ in range(6):
+        (answer,) = await results([calls.delete([lease])])
+        assert isinstance(answer, Unavailable)
+    waiting = [(99,)]
+    async with asyncio.timeout(DEADLINE):
+        while waiting != [(0,)]:
+            await asyncio.sleep(0.1)
+            cursor = await observer.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            waiting = await cursor.fetchall()
+    await holder.execute("ROLLBACK")
+    assert await calls.delete([lease]) == [True]
+    assert database.lost_connections == 0, "what we have cut ourselves says nothing about the server"
+    await database.close()
+
+
+async def test_what_was_only_tried_with_others_was_not_sent(
+    database: Database, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls wait for a lock as long as they may; the others wait for their turn, and nothing of them was done."""
+    monkeypatch.setattr(database, "request_timeout", 1.0)
+    calls = Calls(database)
+    holder = await connect()
+    await calls.enqueue("default", new(*range(4)))
+    held = (await calls.dequeue("default", 4, 600)).leases
+    await holder.execute("BEGIN")
+    await holder.execute("SELECT FROM broker.messages FOR UPDATE")
+    answers = await results([calls.delete([lease]) for lease in held])
+    assert sorted(answer.data["outcome"] for answer in answers) == ["none", "none", "unknown", "unknown"]
+    await holder.execute("ROLLBACK")
+
+
+async def test_a_statement_that_takes_long_does_not_hold_up_the_next_one(
+    database: Database, keeper: Connection, patient_for_long: None
+) -> None:
+    statements = Statements()
+    group: GroupCommit[int, float] = GroupCommit(database, statements, max_calls=100)
+    async with gate_closed(keeper):
+        tasks = start(group, 1)
+        await until(lambda: len(statements.carried) == 1)
+        tasks += start(group, 2)
+        await until(lambda: len(statements.carried) == 2)
+    await results(tasks)

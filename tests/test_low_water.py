@@ -20,7 +20,7 @@ from broker.model import Lease, NewMessage, message_number_of
 from broker.storage import leases, low_water, messages
 from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database
-from broker.storage.low_water import UNKNOWN, Floors, LowWater, View
+from broker.storage.low_water import UNKNOWN, Before, Floors, LowWater, View
 from broker.storage.messages import Delivery, EnqueueCall, Stored, Wanted
 from conftest import Connect
 
@@ -39,7 +39,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 @pytest.fixture
 def no_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Believe the hint."""
-    monkeypatch.setattr(LowWater, "is_in_doubt", lambda self, queue: False)
+    monkeypatch.setattr(LowWater, "may_be_doubted", lambda self, queue: False)
 
 
 @pytest.fixture
@@ -332,6 +332,19 @@ async def test_messages_below_the_hint_are_found_where_a_queue_seems_empty(
     assert bodies(await calls.dequeue("default", 1, 30)) == [77]
 
 
+async def test_the_dequeue_that_notices_that_the_clock_was_set_back_finds_what_is_there(
+    database: Database, connect: Connect, quick_hints: None
+) -> None:
+    """The hint lies in what has become the future."""
+    calls = Calls(database)
+    await traffic(calls)
+    future = datetime.now(UTC) + timedelta(hours=1)
+    calls.low_water._floors["default"] = Floors(future, future)
+    calls.low_water._newest = future
+    await send(await connect(), 77)
+    assert bodies(await calls.dequeue("default", 1, 30)) == [77]
+
+
 async def test_messages_below_the_hint_of_a_busy_queue_are_found_by_the_look_from_the_beginning(
     database: Database, connect: Connect, no_doubt: None, quick_hints: None
 ) -> None:
@@ -366,6 +379,7 @@ def view(seconds: float, xmin: int, xmax: int) -> View:
 
 
 NOTHING_READY = {"q": (UNKNOWN, UNKNOWN)}
+NO_TIME = Before(None, 0)
 
 
 @pytest.fixture
@@ -374,53 +388,53 @@ def hints(database: Database) -> LowWater:
 
 
 def test_the_hint_is_the_newest_time_at_which_no_transaction_of_now_was_under_way(hints: LowWater) -> None:
-    hints.learn(view(0, 100, 100), None, NOTHING_READY)
+    hints.learn(view(0, 100, 100), NO_TIME, NOTHING_READY)
     assert hints.floors("q") == UNKNOWN, "one view knows of no time before it"
-    hints.learn(view(10, 100, 105), None, NOTHING_READY)
+    hints.learn(view(10, 100, 105), NO_TIME, NOTHING_READY)
     assert hints.floors("q").fresh == START - low_water.MARGIN
-    hints.learn(view(20, 103, 110), None, NOTHING_READY)
+    hints.learn(view(20, 103, 110), NO_TIME, NOTHING_READY)
     assert hints.floors("q").fresh == START - low_water.MARGIN, "103 was under way at the second view and is still"
-    hints.learn(view(30, 110, 110), None, NOTHING_READY)
+    hints.learn(view(30, 110, 110), NO_TIME, NOTHING_READY)
     assert hints.floors("q").fresh == START + timedelta(seconds=20) - low_water.MARGIN
 
 
 def test_the_hint_is_not_above_the_first_message_that_is_ready(hints: LowWater) -> None:
     first = Floors(START - timedelta(hours=1), None)
-    hints.learn(view(0, 100, 100), None, {"q": (UNKNOWN, first)})
-    hints.learn(view(10, 100, 100), None, {"q": (UNKNOWN, first)})
+    hints.learn(view(0, 100, 100), NO_TIME, {"q": (UNKNOWN, first)})
+    hints.learn(view(10, 100, 100), NO_TIME, {"q": (UNKNOWN, first)})
     assert hints.floors("q") == Floors(first.fresh, START - low_water.MARGIN)
 
 
 def test_a_statement_that_looked_from_a_higher_hint_does_not_raise_one_that_was_lowered(hints: LowWater) -> None:
-    hints.learn(view(0, 100, 100), None, NOTHING_READY)
-    hints.learn(view(10, 100, 100), None, NOTHING_READY)
+    hints.learn(view(0, 100, 100), NO_TIME, NOTHING_READY)
+    hints.learn(view(10, 100, 100), NO_TIME, NOTHING_READY)
     high = hints.floors("q")
     hints.forget_queue("q")
     low = Floors(START - timedelta(hours=1), START - timedelta(hours=1))
-    hints.learn(view(20, 100, 100), None, {"q": (UNKNOWN, low)})
-    hints.learn(view(30, 100, 100), None, {"q": (high, UNKNOWN)})
+    hints.learn(view(20, 100, 100), NO_TIME, {"q": (UNKNOWN, low)})
+    hints.learn(view(30, 100, 100), NO_TIME, {"q": (high, UNKNOWN)})
     assert hints.floors("q") == low
 
 
 def test_a_clock_that_was_set_back_makes_every_hint_unknown(hints: LowWater) -> None:
-    hints.learn(view(0, 100, 100), None, NOTHING_READY)
-    hints.learn(view(10, 100, 100), None, NOTHING_READY)
-    newest = hints.newest
-    hints.learn(view(5, 100, 100), None, NOTHING_READY)
+    hints.learn(view(0, 100, 100), NO_TIME, NOTHING_READY)
+    hints.learn(view(10, 100, 100), NO_TIME, NOTHING_READY)
+    newest = hints.before()
+    hints.learn(view(5, 100, 100), NO_TIME, NOTHING_READY)
     assert hints.floors("q") != UNKNOWN, "it was sent before the other was answered"
     hints.learn(view(5, 100, 100), newest, NOTHING_READY)
     assert hints.floors("q") == UNKNOWN
-    hints.learn(view(6, 100, 100), hints.newest, NOTHING_READY)
+    hints.learn(view(6, 100, 100), hints.before(), NOTHING_READY)
     assert hints.floors("q").fresh == START + timedelta(seconds=5) - low_water.MARGIN
 
 
 def test_a_transaction_that_lasts_for_long_costs_no_memory(hints: LowWater) -> None:
     for n in range(10 * low_water.MOST_NOTES):
-        hints.learn(view(n, 100, 101 + n), None, NOTHING_READY)
+        hints.learn(view(n, 100, 101 + n), NO_TIME, NOTHING_READY)
     assert hints.floors("q") == UNKNOWN
     assert len(hints._notes) <= low_water.MOST_NOTES
     end = 10 * low_water.MOST_NOTES
-    hints.learn(view(end, 10**9, 10**9), None, NOTHING_READY)
+    hints.learn(view(end, 10**9, 10**9), NO_TIME, NOTHING_READY)
     floor = hints.floors("q").fresh
     assert floor is not None
     assert floor > START + timedelta(seconds=end * 0.9)

@@ -20,6 +20,7 @@ import psycopg
 import pytest
 
 from broker import draining, waiting
+from broker.model import NewMessage
 from broker.server import Server
 from broker.settings import Settings
 from broker.storage.database import Connection
@@ -445,6 +446,43 @@ async def test_no_message_is_forgotten_while_consumers_come_and_go(
         task.cancel()
     await asyncio.gather(*consuming, return_exceptions=True)
     assert sorted(taken) == sorted(sent)
+
+
+async def test_a_queue_that_is_resumed_wakes_everybody(pair: tuple[Broker, Broker]) -> None:
+    """They have looked in vain when the messages came."""
+    await pair[0].call("update_queue", queue="default", paused=True)
+    parked = [await park(pair[n % 2], "default") for n in range(6)]
+    await pair[0].call("enqueue_batch", messages=[{"body": n} for n in range(6)])
+    await asyncio.sleep(0.1)
+    assert not any(consumer.done() for consumer in parked)
+    await pair[0].call("update_queue", queue="default", paused=False)
+    async with asyncio.timeout(DEADLINE):
+        deliveries = await asyncio.gather(*parked)
+    assert sorted(message["body"] for delivery in deliveries for message in delivery) == list(range(6))
+
+
+async def test_a_producer_that_hangs_up_has_woken_the_consumer_all_the_same(
+    pair: tuple[Broker, Broker], connect: Connect
+) -> None:
+    parked = await park(pair[0], "default")
+    locker, observer = await connect(), await connect()
+    await locker.execute("BEGIN")
+    await locker.execute("LOCK TABLE broker.messages IN SHARE MODE")
+    storing = asyncio.create_task(pair[0].server.calls.enqueue("default", [NewMessage("7", None, None, None, None)]))
+    async with asyncio.timeout(DEADLINE):
+        blocked: tuple[int] | None = None
+        while blocked is None or not blocked[0]:
+            await asyncio.sleep(0.01)
+            cursor = await observer.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                " AND query LIKE '%/* enqueue */%' AND query_start < clock_timestamp() - interval '0.15 s'"
+            )
+            blocked = await cursor.fetchone()
+    storing.cancel()
+    await asyncio.gather(storing, return_exceptions=True)
+    await locker.execute("COMMIT")
+    (message,) = await asyncio.wait_for(parked, DEADLINE)
+    assert message["body"] == 7
 
 
 # ------------------------------------------------------------------------------------------------ clients that hang up

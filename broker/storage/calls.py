@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from broker.errors import BrokerError, QueueNotFound
+from broker.errors import BrokerError, QueueFull, QueueNotFound
 from broker.model import Lease, NewMessage
 from broker.storage import leases, messages
 from broker.storage.database import Connection, Database
@@ -28,8 +28,9 @@ Watch = Callable[[str, int], None]
 class Calls:
     """Carries out enqueue, dequeue, delete and extend.
 
-    `undelivered` is told, with the queue, of messages that were leased for a caller who is gone. `watch` is told,
-    for every statement, of which kind it was and how many calls it carried.
+    Of what was done for a caller who is gone, `undelivered` is told, with the queue, where it is messages that were
+    leased, and `stored` where it is messages that were stored. `watch` is told, for every statement, of which kind it
+    was and how many calls it carried.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Calls:
         *,
         max_calls: int = 10_000,
         undelivered: Callable[[str, Delivery], None] = lambda queue, delivery: None,
+        stored: Callable[[str, Stored], None] = lambda queue, result: None,
         watch: Watch = lambda kind, calls: None,
     ) -> None:
         self.low_water = LowWater(database)
@@ -47,7 +49,11 @@ class Calls:
             undelivered(call.queue, delivery)
 
         self._enqueue: GroupCommit[EnqueueCall, Stored] = GroupCommit(
-            database, messages.enqueue, max_calls=max_calls, watch=lambda calls: watch("enqueue", calls)
+            database,
+            _enqueue,
+            max_calls=max_calls,
+            abandon=lambda call, result: stored(call.queue, result),
+            watch=lambda calls: watch("enqueue", calls),
         )
         self._lease: GroupCommit[DequeueCall, Delivery] = GroupCommit(
             database,
@@ -112,7 +118,11 @@ class Calls:
         ]
         handed_out = await self._look(connection, wanted, at_most_once=at_most_once)
         if not any(delivery.messages for delivery in handed_out.deliveries.values()):
-            doubted = [replace(each, floors=UNKNOWN) for each in wanted if self.low_water.is_in_doubt(each.queue)]
+            doubted = [
+                replace(each, floors=UNKNOWN)
+                for each in wanted
+                if each.floors != UNKNOWN and self.low_water.may_be_doubted(each.queue)
+            ]
             if doubted:
                 began_at = time.monotonic()
                 again = await self._look(connection, doubted, at_most_once=at_most_once)
@@ -136,13 +146,13 @@ class Calls:
 
     async def _look(self, connection: Connection, wanted: Sequence[Wanted], *, at_most_once: bool) -> HandOut:
         """Hand out, and learn from what was seen."""
-        newest_before = self.low_water.newest
+        before = self.low_water.before()
         handed_out = await messages.hand_out(connection, wanted, at_most_once=at_most_once)
         if handed_out.view is not None:
             looked_from = {each.queue: each.floors for each in wanted}
             self.low_water.learn(
                 handed_out.view,
-                newest_before,
+                before,
                 {queue: (looked_from[queue], first) for queue, first in handed_out.first_ready.items()},
             )
         return handed_out
@@ -151,6 +161,20 @@ class Calls:
         if len(self._hand_outs) >= REMEMBERED_HAND_OUTS:
             self._hand_outs.clear()
         self._hand_outs[queue] = self._hand_outs.get(queue, 0) + 1
+
+
+async def _enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list[Stored | BrokerError | Again]:
+    """Store the messages of several calls; a queue that is full only with those of a call that was refused is not.
+
+    The statement counts what comes before in the input, refused or not. A call behind a refused one is run again.
+    """
+    results: list[Stored | BrokerError | Again] = []
+    refused: set[str] = set()
+    for call, result in zip(calls, await messages.enqueue(connection, calls), strict=True):
+        results.append(AGAIN if isinstance(result, QueueFull) and call.queue in refused else result)
+        if isinstance(result, BrokerError):
+            refused.add(call.queue)
+    return results
 
 
 async def _delete(

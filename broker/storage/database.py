@@ -16,7 +16,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from uuid import uuid4
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import msgspec
 import psycopg
@@ -62,6 +62,9 @@ SESSION_SETTINGS = {
     "lock_timeout": "0",
     "max_parallel_workers_per_gather": "0",
     "idle_in_transaction_session_timeout": "10s",
+    # A statement that waits, and whose connection we have cut, ends by itself where the server's system can tell
+    # (Linux). Without it, each of them would keep its connection until it gets what it waits for.
+    "client_connection_check_interval": "1s",
     "default_transaction_isolation": "read committed",
     "client_encoding": "UTF8",
     "DateStyle": "ISO",
@@ -141,7 +144,7 @@ class Database:
         self.max_calls = max_calls
         self._under_way: dict[asyncio.Task[Any], _Call] = {}
         self._services: WeakSet[Connection] = WeakSet()
-        self._impatient: WeakSet[Connection] = WeakSet()
+        self._patience: WeakKeyDictionary[Connection, bool] = WeakKeyDictionary()
         # Each may mean that the database is another one now.
         self.lost_connections = 0
         self._reconnecting: asyncio.Task[None] | None = None
@@ -226,11 +229,11 @@ class Database:
         return await self._run(operation, timeout, unknown="unknown", is_patient=is_patient)
 
     async def set_patience(self, connection: Connection, *, is_patient: bool) -> None:
-        """Let the statements of a connection wait for locks as long as it takes, or not."""
-        if is_patient == (connection in self._impatient):
+        """Let the statements of a connection wait for locks as long as it takes, or hardly at all."""
+        if self._patience.get(connection, True) is not is_patient:
             milliseconds = 0 if is_patient else LOCK_TIMEOUT_MILLISECONDS
             await connection.execute(f"SET lock_timeout = {milliseconds}".encode())
-            (self._impatient.discard if is_patient else self._impatient.add)(connection)
+            self._patience[connection] = is_patient
 
     async def _run(
         self, operation: Operation[T], timeout: float | None, *, unknown: str, is_patient: bool | None = True
@@ -322,7 +325,8 @@ class _Call:
             raise
         finally:
             self._connection = None
-            self._database.lost_connections += connection.closed
+            # One that we have cut ourselves says nothing about the server.
+            self._database.lost_connections += connection.closed and not self._is_given_up
 
     def give_up(self) -> Unavailable:
         """Cut the connection, so that the statement ends for us now; return the error to raise.

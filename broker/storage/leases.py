@@ -12,9 +12,9 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from psycopg.errors import DeadlockDetected, LockNotAvailable
+import psycopg
 
-from broker.errors import BrokerError, LeaseLost
+from broker.errors import BrokerError, LeaseLost, Unavailable
 from broker.model import Lease
 from broker.storage.arrays import ByteaArray, Int4Array, Int8Array
 from broker.storage.database import Connection
@@ -71,10 +71,15 @@ async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool |
         raced = []
         try:
             rows = await _for_leases(connection, _DELETE, undecided)
-        except (LockNotAvailable, DeadlockDetected):
+        except psycopg.Error:
             if len(undecided) == len(first_mention):
                 raise
-            continue  # the others are deleted already, so this one cannot be begun anew
+            # The others are deleted already: that is to be said, whatever became of these.
+            for lease in undecided:
+                results[first_mention[lease]] = Unavailable(
+                    reason="The database failed while somebody else changed the message", outcome="unknown"
+                )
+            break
         for lease, is_deleted, is_expired, is_newest in rows:
             if is_deleted:
                 results[first_mention[lease]] = not is_expired

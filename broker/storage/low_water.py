@@ -65,6 +65,13 @@ class View(NamedTuple):
     xmax: int
 
 
+class Before(NamedTuple):
+    """The newest time of the database that had been seen, and how many connections had been lost."""
+
+    newest: datetime | None
+    lost_connections: int
+
+
 UNKNOWN = Floors(None, None)
 
 
@@ -79,10 +86,9 @@ class LowWater:
         self._newest: datetime | None = None
         self._lost_connections = database.lost_connections
 
-    @property
-    def newest(self) -> datetime | None:
-        """The newest time of the database that was seen; to be read before a statement is sent."""
-        return self._newest
+    def before(self) -> Before:
+        """Return what is to be known of the time before a statement is sent, when it has been answered."""
+        return Before(self._newest, self._database.lost_connections)
 
     def floors(self, queue: str) -> Floors:
         """Return where to begin in the lanes of a queue."""
@@ -92,7 +98,11 @@ class LowWater:
 
     def is_in_doubt(self, queue: str) -> bool:
         """Whether a queue that seems empty is to be looked at from the very beginning."""
-        return self.floors(queue) != UNKNOWN and time.monotonic() >= self._doubt_again_at.get(queue, 0)
+        return self.floors(queue) != UNKNOWN and self.may_be_doubted(queue)
+
+    def may_be_doubted(self, queue: str) -> bool:
+        """Whether enough time has passed since a look from the very beginning."""
+        return time.monotonic() >= self._doubt_again_at.get(queue, 0)
 
     def looked_from_the_beginning(self, queues: Iterable[str], seconds: float) -> None:
         """Doubt these queues no more for a while, after a look that took so long."""
@@ -113,19 +123,17 @@ class LowWater:
         """Look at a queue from the very beginning the next time."""
         self._floors.pop(queue, None)
 
-    def learn(
-        self, view: View, newest_before: datetime | None, first_ready: Mapping[str, tuple[Floors, Floors]]
-    ) -> None:
+    def learn(self, view: View, before: Before, first_ready: Mapping[str, tuple[Floors, Floors]]) -> None:
         """Take in what a statement has seen.
 
-        `newest_before` is what `newest` was when it was sent. `first_ready` has for each queue the floors from
+        `before` was taken when it was sent. `first_ready` has for each queue the floors from
         which the statement looked, and the first ready message in each lane, None where there was none.
         """
-        if newest_before is not None and view.now < newest_before:
+        if before.newest is not None and view.now < before.newest:
             log.warning("the clock of the database was set back")
             self.forget()
-        if self._lost_connections != self._database.lost_connections:
-            return  # begun before, ended after: it may have seen another database
+        if before.lost_connections != self._database.lost_connections:
+            return  # it may have seen another database
         self._newest = view.now if self._newest is None else max(self._newest, view.now)
         bound = self._bound(view)
         self._note(view)

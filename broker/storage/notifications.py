@@ -4,8 +4,8 @@ News say that a queue has something to hand out, now or in so many seconds. They
 also looks for itself once a second, so a lost one costs time and never a message.
 
 NOTIFY is never sent inside a transaction that stores messages: at its commit it takes a lock that all of
-the database shares. The first news go out at once; what arrives within the next hundredth of a second is merged and
-goes out together, so that a busy broker notifies a hundred times a second and not for every message.
+the database shares. The first news go out at once; what arrives within the next fiftieth of a second is merged and
+goes out together, so that a busy broker notifies fifty times a second and not for every message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHANNEL = "wonderq_news"
 NEWS_PER_NOTIFICATION = 40
 RETRY_SECONDS = 0.5
 # After a notification, how long further news are gathered.
-PAUSE_SECONDS = 0.01
+PAUSE_SECONDS = 0.02
 
 _NOTIFY = "SELECT pg_notify(%(channel)s, %(payload)s)"
 
