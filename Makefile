@@ -7,8 +7,9 @@ PYTHON ?=
 ARGS ?=
 # The PostgreSQL that test-postgresql uses.
 PG_BIN ?= /usr/lib/postgresql/15/bin
-# Tests in which no statement reaches a database; test-postgresql leaves them out.
-WITHOUT_SQL = tests/test_benchmarks.py tests/test_connections.py tests/test_docs.py tests/test_packaging.py tests/test_schema.py
+# Tests that are not about what a database does; test-postgresql leaves them out.
+NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,benchmarks cli client connections docs examples packaging readme rpc schema \
+	transport)
 
 VENV = .venv
 PY = $(VENV)/bin/python
@@ -46,7 +47,7 @@ test: $(INSTALLED) ## Run the tests
 .PHONY: test-postgresql
 test-postgresql: $(INSTALLED) ## Run those with SQL on another PostgreSQL (PG_BIN, default Debian's 15)
 	@$(PG_BIN)/postgres --version
-	@BROKER_PG_BIN=$(PG_BIN) $(PY) -m pytest $(WITHOUT_SQL:%=--ignore=%) $(ARGS)
+	@BROKER_PG_BIN=$(PG_BIN) $(PY) -m pytest $(NOT_ABOUT_SQL:%=--ignore=%) $(ARGS)
 
 .PHONY: bench
 bench: $(INSTALLED_BENCH) ## Measure beside the peers that are installed, in under ten minutes; needs wrk

@@ -179,6 +179,8 @@ class Database:
         for call in self._under_way.values():
             call.give_up()
         await self._pool.close(timeout)
+        if self._under_way:  # those who waited for a connection have to be told that there is none
+            await asyncio.wait(set(self._under_way), timeout=timeout)
 
     def _try_again(self, _: AsyncConnectionPool[Connection]) -> None:
         if self._reconnecting is None or self._reconnecting.done():
