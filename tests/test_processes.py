@@ -705,11 +705,14 @@ def connect_line() -> Iterator[Connect]:
 async def one_to_each(broker: Process, connect_line: Connect) -> list[Line]:
     """Return a connection to each worker, by its number."""
     lines: dict[int, Line] = {}
+    others = []  # Open until the end: whoever has the fewest gets the next.
     async with asyncio.timeout(DEADLINE):
         while lines.keys() != broker.workers.keys():
             line = await connect_line(broker)
             if lines.setdefault(line.worker, line) is not line:
-                line.close()
+                others.append(line)
+    for line in others:
+        line.close()
     return [lines[number] for number in sorted(lines)]
 
 
