@@ -41,11 +41,12 @@ class Swept:
 
 async def sweep_once(connection: Connection, batch_size: int = BATCH_SIZE) -> Swept:
     """Sweep once, each step in a transaction of its own of at most `batch_size` messages; return what was done."""
+    chores = await sweeps.chores(connection)
     return Swept(
-        expired=await sweeps.remove_expired(connection, batch_size),
+        expired=await sweeps.remove_expired(connection, batch_size) if chores.expired else {},
         ended_leases=await sweeps.count_ended_leases(connection),
-        of_deleted_queues=await sweeps.remove_deleted_queues(connection, batch_size),
-        measured_queues=await sweeps.measure_queues(connection),
+        of_deleted_queues=await sweeps.remove_deleted_queues(connection, batch_size) if chores.deleted_queues else 0,
+        measured_queues=await sweeps.measure_queues(connection) if chores.sizes else 0,
     )
 
 

@@ -50,7 +50,8 @@ class Line:
     def __init__(self, on_time: Callable[[], None]) -> None:
         # Ordered, and anybody can leave it at once wherever he stands: thousands may hang up together.
         self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._wakes_at = 0.0  # by the loop's clock; uvloop's handle of a time that has come does not know it
         self._on_time = on_time
         self.in_vain = 0
         # Whether there may be messages of which nobody who stands here was told, and how often that was found.
@@ -96,9 +97,10 @@ class Line:
         """Wake the first one in so many seconds; return False where an earlier time was known."""
         loop = asyncio.get_running_loop()
         when = loop.time() + seconds
-        if self._timer is not None and self._timer.when() <= when:
+        if self._timer is not None and self._wakes_at <= when:
             return False
         self.forget_time()
+        self._wakes_at = when
         self._timer = loop.call_at(when, self._time_has_come)
         return True
 

@@ -6,8 +6,10 @@ batch. Here the type is said by who sends it.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import ClassVar
 
 from psycopg.abc import Buffer
@@ -16,6 +18,14 @@ from psycopg.pq import Format
 
 _HEAD = struct.Struct(">iiIii")
 _LENGTH = struct.Struct(">i").pack
+_UUID_LENGTH = _LENGTH(16)
+_MICROSECONDS = struct.Struct(">q")
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def moment_of(data: bytes) -> datetime:
+    """Return the time in UTC that `timestamptz_send` has written; of infinity there is none."""
+    return _EPOCH + timedelta(microseconds=_MICROSECONDS.unpack(data)[0])
 
 
 class Array:
@@ -66,6 +76,23 @@ class ByteaArray(Array):
         super().__init__(b"".join([_LENGTH(len(value)) + value for value in values]), len(values))
 
 
+class UuidArray(Array):
+    """uuid[], without NULLs."""
+
+    oid, element_oid = 2951, 2950
+
+    __slots__ = ()
+
+    def __init__(self, values: Sequence[bytes]) -> None:
+        super().__init__(b"".join([_UUID_LENGTH + value for value in values]), len(values))
+
+
+def random_uuids(count: int) -> UuidArray:
+    """Return so many values of 16 random bytes from the system's generator for secrets."""
+    values = os.urandom(16 * count)
+    return UuidArray([values[start : start + 16] for start in range(0, len(values), 16)])
+
+
 class TextArray(Array):
     """text[] in UTF-8, without NULLs."""
 
@@ -90,5 +117,5 @@ def _dumper_of(array: type[Array]) -> type[Dumper]:
 
 def register(adapters: AdaptersMap) -> None:
     """Let a connection send these arrays."""
-    for array in (Int4Array, Int8Array, ByteaArray, TextArray):
+    for array in (Int4Array, Int8Array, ByteaArray, UuidArray, TextArray):
         adapters.register_dumper(array, _dumper_of(array))

@@ -7,7 +7,7 @@ for each other in a circle. They take no lock beforehand: that would write a rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -46,16 +46,21 @@ deleted AS (
     RETURNING w.n, coalesce(greatest(m.expires_at, m.visible_at) <= statement_timestamp(), false)
         AND m.expires_at IS NOT NULL AS is_expired
 )
-SELECT n, true AS is_deleted, is_expired, true AS is_newest
-FROM deleted
-UNION ALL
+-- What was deleted, what somebody else was quicker with, and of what the lease is lost.
 SELECT
-    w.n, false,
-    coalesce(greatest(m.expires_at, m.visible_at) <= statement_timestamp(), false) AND m.expires_at IS NOT NULL,
-    m.lease_token IS NOT NULL AND uuid_send(m.lease_token) = w.token
-FROM wanted w
-JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
-WHERE w.has_queue AND w.n NOT IN (SELECT n FROM deleted)
+    (SELECT array_agg(n) FROM deleted WHERE NOT is_expired),
+    array_agg(w.n) FILTER (WHERE w.is_newest),
+    array_agg(w.n) FILTER (WHERE NOT w.is_newest AND NOT w.is_expired)
+FROM (
+    SELECT
+        w.n,
+        coalesce(greatest(m.expires_at, m.visible_at) <= statement_timestamp(), false)
+            AND m.expires_at IS NOT NULL AS is_expired,
+        m.lease_token IS NOT NULL AND uuid_send(m.lease_token) = w.token AS is_newest
+    FROM wanted w
+    JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
+    WHERE w.has_queue AND w.n NOT IN (SELECT n FROM deleted)
+) AS w
 """
 
 
@@ -68,9 +73,9 @@ async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool |
     results: list[bool | BrokerError] = [False] * len(leases)
     undecided = list(first_mention)
     while undecided:
-        raced = []
+        in_order = _in_order(undecided)
         try:
-            rows = await _for_leases(connection, _DELETE, undecided)
+            cursor = await connection.execute(_DELETE, _params(in_order), binary=True)
         except psycopg.Error:
             if len(undecided) == len(first_mention):
                 raise
@@ -80,13 +85,13 @@ async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool |
                     reason="The database failed while somebody else changed the message", outcome="unknown"
                 )
             break
-        for lease, is_deleted, is_expired, is_newest in rows:
-            if is_deleted:
-                results[first_mention[lease]] = not is_expired
-            elif is_newest:
-                raced.append(lease)
-            elif not is_expired:
-                results[first_mention[lease]] = LeaseLost()
+        row = await cursor.fetchone()
+        assert row is not None, "a select of aggregates returns one row"
+        deleted, raced, lost = ([in_order[n - 1] for n in numbers or ()] for numbers in row)
+        for lease in deleted:
+            results[first_mention[lease]] = True
+        for lease in lost:
+            results[first_mention[lease]] = LeaseLost()
         undecided = raced
     return results
 
@@ -139,7 +144,7 @@ async def extend(
     shortest: dict[Lease, float] = {}
     for lease, seconds in zip(leases, visibility_timeouts, strict=True):
         shortest[lease] = min(float(seconds), shortest.get(lease, float(seconds)))
-    rows = await _for_leases(connection, _EXTEND, list(shortest), visibility_timeouts=shortest)
+    rows = await _for_leases(connection, _EXTEND, list(shortest), visibility_timeouts=shortest.__getitem__)
     extended = {lease: Extended(visible_at, queue) for lease, visible_at, queue in rows}
     return [extended.get(lease) or LeaseLost() for lease in leases]
 
@@ -176,26 +181,31 @@ async def give_back(connection: Connection, leases: Sequence[Lease]) -> int:
 
 
 async def _for_leases(
-    connection: Connection,
-    statement: str,
-    leases: Sequence[Lease],
-    *,
-    visibility_timeouts: dict[Lease, float] | None = None,
+    connection: Connection, statement: str, leases: Sequence[Lease], **more: Callable[[Lease], Any]
 ) -> list[tuple[Any, ...]]:
-    """Run a statement over distinct leases, by primary key; return its rows with the lease in place of its number."""
+    """Run a statement over distinct leases; return its rows with the lease in place of its number.
+
+    `more` names further lists of the statement, and says what they have for a lease.
+    """
     if not leases:
         return []
-    in_order = sorted(leases, key=_primary_key)
-    params: dict[str, Any] = {
+    in_order = _in_order(leases)
+    params = _params(in_order) | {name: [value(lease) for lease in in_order] for name, value in more.items()}
+    cursor = await connection.execute(statement, params, binary=True)
+    return [(in_order[n - 1], *row) for n, *row in await cursor.fetchall()]
+
+
+def _params(in_order: Sequence[Lease]) -> dict[str, Any]:
+    return {
         "queues": Int4Array(list({lease.queue_id for lease in in_order})),
         "queue_ids": Int4Array([lease.queue_id for lease in in_order]),
         "ids": Int8Array([lease.id for lease in in_order]),
         "tokens": ByteaArray([lease.token for lease in in_order]),
     }
-    if visibility_timeouts is not None:
-        params["visibility_timeouts"] = [visibility_timeouts[lease] for lease in in_order]
-    cursor = await connection.execute(statement, params, binary=True)
-    return [(in_order[n - 1], *row) for n, *row in await cursor.fetchall()]
+
+
+def _in_order(leases: Iterable[Lease]) -> list[Lease]:
+    return sorted(leases, key=_primary_key)
 
 
 def _primary_key(lease: Lease) -> tuple[int, int]:

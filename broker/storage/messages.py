@@ -23,7 +23,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -38,9 +40,10 @@ from broker.model import (
     NewMessage,
     message_id_of,
     receipt_of,
-    timestamp_of_text,
+    timestamp,
+    timestamp_or_null,
 )
-from broker.storage.arrays import Int4Array, TextArray
+from broker.storage.arrays import Int4Array, TextArray, moment_of, random_uuids
 from broker.storage.database import Connection, one_line
 from broker.storage.low_water import UNKNOWN, Floors, View
 
@@ -244,12 +247,13 @@ def _refusals(calls: Sequence[EnqueueCall], refused: msgspec.Raw | None) -> dict
 # one of them and skipped by the other; a row that the other has already leased no longer lies in the past of
 # its lane when the lock is taken, so it is not picked. The scans walk the index of the lane from the low-water
 # hint on; what is delayed or leased lies behind the end of the scan. Each queue stands in the input once, so no
-# row is picked twice. The sum of the bodies is only looked at where it is too large for one answer.
+# row is picked twice.
 _PICK = """
 /* dequeue */
 WITH wanted AS MATERIALIZED (
     SELECT
         w.n,
+        q.id AS queue_id,
         q.id * 4::bigint + w.first_lane AS first_lane,
         q.id * 4::bigint + 1 - w.first_lane AS second_lane,
         coalesce(w.first_floor, '-infinity') AS first_floor,
@@ -295,21 +299,12 @@ lanes AS MATERIALIZED (
     UNION ALL
     SELECT *, 2 AS place FROM second_lane
 ),
-size AS MATERIALIZED (
-    SELECT sum(body_bytes) > %(max_bytes)s AS is_cut
-    FROM lanes
-),
 picked AS MATERIALIZED (
-    SELECT n, visibility_timeout, queue_id, id, visible_at, place
-    FROM lanes
-    WHERE NOT (SELECT is_cut FROM size)
-    UNION ALL
-    SELECT n, visibility_timeout, queue_id, id, visible_at, place
+    SELECT n, visibility_timeout, queue_id, id, position
     FROM (
         SELECT *, row_number() OVER in_order AS position, sum(body_bytes) OVER in_order AS bytes
         FROM lanes
-        WHERE (SELECT is_cut FROM size)
-        WINDOW in_order AS (ORDER BY n, place, visible_at, id)
+        WINDOW in_order AS (ORDER BY n, place, visible_at, id ROWS UNBOUNDED PRECEDING)
     ) AS c
     WHERE position = 1 OR bytes <= %(max_bytes)s
 ),
@@ -320,45 +315,49 @@ stamp AS MATERIALIZED (
 ),
 """
 
-# The messages of each queue in hand-out order, and before them one line that says how the queue was looked at:
-# for the hint, the first ready message of each lane, whoever has locked it.
+# The messages, numbered in hand-out order, and for each queue a row of number 0 that says how it was looked at. For
+# the hint: the first ready message of each lane, whoever has locked it.
 _ANSWER = """
 )
 SELECT
-    n, place, was_at, id, queue_id, token, body, headers, sender, receive_count,
-    enqueued_at, first_received_at, visible_at, expires_at,
-    NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    position, n, id, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at, NULL
 FROM taken
 UNION ALL
 SELECT
-    w.n, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-    w.visibility_timeout,
-    coalesce((SELECT is_cut FROM size), false),
-    statement_timestamp(),
-    pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
-    pg_snapshot_xmax(pg_current_snapshot())::text::bigint,
-    (
-        SELECT visible_at
-        FROM broker.messages
-        WHERE (queue_id * 4::bigint + lane) = w.first_lane AND lane >= 0
-            AND visible_at >= w.first_floor AND visible_at <= statement_timestamp()
-            AND (expires_at IS NULL OR expires_at > statement_timestamp())
-        ORDER BY visible_at, id
-        LIMIT 1
-    ),
-    (
-        SELECT visible_at
-        FROM broker.messages
-        WHERE (queue_id * 4::bigint + lane) = w.second_lane AND lane >= 0
-            AND visible_at >= w.second_floor AND visible_at <= statement_timestamp()
-            AND (expires_at IS NULL OR expires_at > statement_timestamp())
-        ORDER BY visible_at, id
-        LIMIT 1
+    0, w.n, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    json_build_array(
+        w.queue_id,
+        w.visibility_timeout,
+        (SELECT count(*) FROM picked) < (SELECT count(*) FROM lanes),
+        (SELECT now FROM stamp),
+        (SELECT now FROM stamp) + interval '1 second' * w.visibility_timeout,
+        statement_timestamp(),
+        pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
+        pg_snapshot_xmax(pg_current_snapshot())::text::bigint,
+        (
+            SELECT visible_at
+            FROM broker.messages
+            WHERE (queue_id * 4::bigint + lane) = w.first_lane AND lane >= 0
+                AND visible_at >= w.first_floor AND visible_at <= statement_timestamp()
+                AND (expires_at IS NULL OR expires_at > statement_timestamp())
+            ORDER BY visible_at, id
+            LIMIT 1
+        ),
+        (
+            SELECT visible_at
+            FROM broker.messages
+            WHERE (queue_id * 4::bigint + lane) = w.second_lane AND lane >= 0
+                AND visible_at >= w.second_floor AND visible_at <= statement_timestamp()
+                AND (expires_at IS NULL OR expires_at > statement_timestamp())
+            ORDER BY visible_at, id
+            LIMIT 1
+        )
     )
 FROM wanted w
-ORDER BY n, place, was_at, id
 """
 
+# The tokens are made by the broker: gen_random_uuid() took a fifth of the statement where PostgreSQL is built
+# without OpenSSL, and opens /dev/urandom for each.
 _LEASE = one_line(
     _PICK
     + """
@@ -366,7 +365,7 @@ taken AS (
     UPDATE broker.messages m
     SET
         lane = 1,
-        lease_token = gen_random_uuid(),
+        lease_token = (%(tokens)b::uuid[])[p.position],
         receive_count = m.receive_count + 1,
         first_received_at = coalesce(m.first_received_at, s.now),
         visible_at = s.now + interval '1 second' * p.visibility_timeout
@@ -374,9 +373,10 @@ taken AS (
     CROSS JOIN stamp s
     WHERE m.queue_id = ANY (ARRAY[p.queue_id]) AND m.id = p.id
     RETURNING
-        p.n, p.place, p.visible_at AS was_at, m.id, m.queue_id, uuid_send(m.lease_token) AS token,
-        m.body, m.headers, m.sender, m.receive_count,
-        m.enqueued_at::text, m.first_received_at::text, m.visible_at::text, m.expires_at::text
+        p.position, p.n, m.id, uuid_send(m.lease_token) AS token, m.body, m.headers, m.sender, m.receive_count,
+        timestamptz_send(m.enqueued_at) AS enqueued_at,
+        timestamptz_send(m.first_received_at) AS first_received_at,
+        timestamptz_send(m.expires_at) AS expires_at
 """
     + _ANSWER
 )
@@ -392,10 +392,10 @@ taken AS (
     CROSS JOIN stamp s
     WHERE m.queue_id = ANY (ARRAY[p.queue_id]) AND m.id = p.id
     RETURNING
-        p.n, p.place, p.visible_at AS was_at, m.id, m.queue_id, NULL::bytea AS token,
-        m.body, m.headers, m.sender, m.receive_count + 1 AS receive_count,
-        m.enqueued_at::text, coalesce(m.first_received_at, s.now)::text AS first_received_at,
-        s.now::text AS visible_at, m.expires_at::text
+        p.position, p.n, m.id, NULL::bytea AS token, m.body, m.headers, m.sender, m.receive_count + 1 AS receive_count,
+        timestamptz_send(m.enqueued_at) AS enqueued_at,
+        timestamptz_send(coalesce(m.first_received_at, s.now)) AS first_received_at,
+        timestamptz_send(m.expires_at) AS expires_at
 """
     + _ANSWER
 )
@@ -441,47 +441,74 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
 
     Stops after 8 MiB of bodies in all, never before the first message. A paused queue hands out nothing.
     """
-    cursor = await connection.execute(
-        _REMOVE if at_most_once else _LEASE,
-        {
-            "queues": [each.queue for each in wanted],
-            "max_messages": [each.max_messages for each in wanted],
-            "visibility_timeouts": [each.visibility_timeout for each in wanted],
-            "first_lanes": [FRESH if each.fresh_first else RETURNED for each in wanted],
-            "first_floors": [each.floors[FRESH if each.fresh_first else RETURNED] for each in wanted],
-            "second_floors": [each.floors[RETURNED if each.fresh_first else FRESH] for each in wanted],
-            "max_bytes": MAX_BODY_BYTES_PER_ANSWER,
-        },
-        binary=True,
-    )
+    params = {
+        "queues": [each.queue for each in wanted],
+        "max_messages": [each.max_messages for each in wanted],
+        "visibility_timeouts": [each.visibility_timeout for each in wanted],
+        "first_lanes": [FRESH if each.fresh_first else RETURNED for each in wanted],
+        "first_floors": [each.floors[FRESH if each.fresh_first else RETURNED] for each in wanted],
+        "second_floors": [each.floors[RETURNED if each.fresh_first else FRESH] for each in wanted],
+        "max_bytes": MAX_BODY_BYTES_PER_ANSWER,
+    }
+    if not at_most_once:
+        params["tokens"] = random_uuids(sum(each.max_messages for each in wanted))
+    cursor = await connection.execute(_REMOVE if at_most_once else _LEASE, params, binary=True)
     handed_out = HandOut({}, None, {})
     view = None
-    known_times: dict[Any, Any] = {None: None}
-    for row in await cursor.fetchall():
-        (n, place, _, number, queue_id, token, body, headers, sender, receive_count, *times) = row[:14]
-        queue = wanted[n - 1].queue
-        if place == 0:
-            seconds, is_cut, now, xmin, xmax, *first_ready = row[14:]
-            delivery = handed_out.deliveries[queue] = Delivery([], [], seconds, is_cut)
-            handed_out.first_ready[queue] = Floors(*(first_ready if wanted[n - 1].fresh_first else first_ready[::-1]))
-            view = View(now, xmin, xmax)
+    by_number: dict[int, tuple[_Look, Delivery, str, Any]] = {}
+    times: dict[bytes | None, Any] = {None: None}
+    for row in sorted(await cursor.fetchall(), key=_position):
+        if row[0] == 0:
+            n, look = row[1], msgspec.json.decode(row[-1], type=_Look)
+            each = wanted[n - 1]
+            first_ready = (look.first, look.second) if each.fresh_first else (look.second, look.first)
+            handed_out.deliveries[each.queue] = delivery = Delivery([], [], look.visibility_timeout, look.is_cut)
+            handed_out.first_ready[each.queue] = Floors(*first_ready)
+            view = View(look.now, look.xmin, look.xmax)
+            visible_at = timestamp_or_null(look.handed_out_at if at_most_once else look.lease_ends_at)
+            by_number[n] = (look, delivery, each.queue, visible_at)
             continue
-        for time in times:
-            if time not in known_times:
-                known_times[time] = timestamp_of_text(time)
-        enqueued_at, first_received_at, visible_at, expires_at = (known_times[time] for time in times)
+        (
+            _, n, number, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at, _
+        ) = row  # fmt: skip
+        for time in (enqueued_at, first_received_at, expires_at):
+            if time not in times:
+                times[time] = timestamp(moment_of(time))
+        look, delivery, queue, visible_at = by_number[n]
         receipt = None
         if token is not None:
-            lease = Lease(queue_id, number, token)
+            lease = Lease(look.queue_id, number, token)
             delivery.leases.append(lease)
             receipt = receipt_of(lease)
         delivery.messages.append(
             Message(
                 message_id_of(number), queue, receipt, body, headers or NO_HEADERS, sender, receive_count,
-                enqueued_at, first_received_at, visible_at, expires_at,
+                times[enqueued_at], times[first_received_at], visible_at, times[expires_at],
             )
         )  # fmt: skip
     return replace(handed_out, view=view)
+
+
+class _Look(msgspec.Struct, array_like=True):
+    """How one queue was looked at.
+
+    `handed_out_at` and `lease_ends_at` are None where nothing was picked. `first` and `second` are when the first
+    ready messages became visible, of the two lanes in the order in which they were looked at.
+    """
+
+    queue_id: int
+    visibility_timeout: float
+    is_cut: bool
+    handed_out_at: datetime | None
+    lease_ends_at: datetime | None
+    now: datetime
+    xmin: int
+    xmax: int
+    first: datetime | None
+    second: datetime | None
+
+
+_position = itemgetter(0)
 
 
 class DequeueCall(msgspec.Struct, frozen=True):

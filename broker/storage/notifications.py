@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import msgspec
 import psycopg
+from psycopg.generators import notifies
 
 from broker.storage.database import Connection, Database
 
@@ -27,6 +28,8 @@ CHANNEL = "wonderq_news"
 # NOTIFY takes at most 8,000 bytes; forty queue names of 128 characters fit.
 NEWS_PER_NOTIFICATION = 40
 RETRY_SECONDS = 0.5
+# How long at most it is waited without a look whether the wait is to end.
+LISTEN_SECONDS = 60.0
 # After a notification, how long further news are gathered.
 PAUSE_SECONDS = 0.02
 
@@ -95,11 +98,16 @@ class Notifications:
         await connection.execute(f"LISTEN {CHANNEL}")
         # What was said before is lost: everybody who waits looks once.
         self._reconnected()
-        async for notification in connection.notifies():
-            try:
-                sender, batch = msgspec.json.decode(notification.payload, type=tuple[str, list[News]])
-            except msgspec.MsgspecError:
-                continue  # whoever may connect may NOTIFY, also what is no news
-            if sender != self._own_name:
-                for news in batch:
-                    self._hear(news)
+        while True:
+            # As connection.notifies() does, which looks ten times a second at what wakes it anyway.
+            for notification in await connection.wait(notifies(connection.pgconn), interval=LISTEN_SECONDS):
+                self._heard(notification.extra)
+
+    def _heard(self, payload: bytes) -> None:
+        try:
+            sender, batch = msgspec.json.decode(payload, type=tuple[str, list[News]])
+        except msgspec.MsgspecError:
+            return  # whoever may connect may NOTIFY, also what is no news
+        if sender != self._own_name:
+            for news in batch:
+                self._hear(news)

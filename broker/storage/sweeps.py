@@ -7,10 +7,42 @@ are invisible and ended leases are ready whether or not anything was swept.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from broker.storage.database import Connection
 from broker.storage.messages import COUNTED_MAX_MESSAGES
 from broker.storage.queues import purge_batch
+
+# No locks. Most sweeps find nothing to do, and one look is cheaper than a statement for each chore.
+_CHORES = """
+SELECT
+    EXISTS (
+        SELECT
+        FROM broker.messages
+        WHERE expires_at IS NOT NULL
+            AND greatest(expires_at, visible_at) <= statement_timestamp()
+    ),
+    EXISTS (SELECT FROM broker.queues WHERE deleted_at IS NOT NULL),
+    EXISTS (SELECT FROM broker.queue_sizes)
+        OR EXISTS (SELECT FROM broker.queues WHERE max_messages > %(counted_max_messages)s)
+"""
+
+
+class Chores(NamedTuple):
+    """What there may be to do."""
+
+    expired: bool
+    deleted_queues: bool
+    sizes: bool
+
+
+async def chores(connection: Connection) -> Chores:
+    """Return what there may be to do."""
+    cursor = await connection.execute(_CHORES, {"counted_max_messages": COUNTED_MAX_MESSAGES})
+    row = await cursor.fetchone()
+    assert row is not None, "a select without FROM returns one row"
+    return Chores(*row)
+
 
 # Locks: the rows it picks, waiting for none. Two at once remove different rows. A message that is held lies in
 # the future part of the index until its lease ends.
@@ -121,7 +153,8 @@ async def remove_deleted_queues(connection: Connection, batch: int) -> int:
 
 
 # A queue with a large max_messages is counted by one broker, and less often the longer that takes: up to half a
-# million messages at every sweep, ten million (about a second) every forty seconds.
+# million messages at every sweep, ten million (about a second) every forty seconds. A count of the future is from
+# before the clock was set back; one of just now may be that of another broker.
 _MEASURE = """
 INSERT INTO broker.queue_sizes AS s (queue_id, messages, counted_at)
 SELECT q.id, counted.messages, statement_timestamp()
@@ -135,6 +168,7 @@ WHERE q.deleted_at IS NULL AND q.max_messages > %(counted_max_messages)s
     AND (
         old.counted_at IS NULL
         OR old.counted_at <= statement_timestamp() - interval '1 second' * (old.messages / 500000 * 2)
+        OR old.counted_at > statement_timestamp() + interval '1 second'
     )
 ORDER BY q.id
 ON CONFLICT (queue_id) DO UPDATE
