@@ -6,10 +6,11 @@ And what is measured with it: how long a message takes to a consumer that waits 
 from __future__ import annotations
 
 import json
+import select
 import socket
-import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +33,10 @@ class Caller:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
+
+    def fileno(self) -> int:
+        """The connection's number, for select."""
+        return self._socket.fileno()
 
     def request(self, method: str, **params: Any) -> bytes:
         """Return the bytes of a call."""
@@ -96,8 +101,8 @@ class SetTimes:
     """A worker that sends `rate` messages a second, each at a set time, to consumers that wait for them.
 
     A message's time begins when it should have been sent, so a broker that keeps producers waiting does not gain by
-    it. Each producer and each consumer is a thread with a connection of its own. The latencies are the worker's
-    `Tally.latencies_ms`.
+    it. One thread serves all the connections: many would wait for each other, and be measured as well. The
+    latencies are the worker's `Tally.latencies_ms`.
     """
 
     url: str
@@ -109,48 +114,42 @@ class SetTimes:
 
     def run(self, ready: Callable[[], None]) -> Tally:
         count = max(1, round(self.rate * self.seconds))
-        taken: list[float] = []
-        problems: list[str] = []
-        began_at = 0.0
-
-        def produce(first: int) -> None:
-            with Caller(self.url) as caller:
-                start.wait()
-                for n in range(first, count, self.producers):
-                    request = caller.request("enqueue", queue=self.queue, body=n)
-                    time.sleep(max(0.0, began_at + n / self.rate - time.perf_counter()))
-                    caller.timed(request)
-
-        def consume() -> None:
-            with Caller(self.url) as caller:
-                request = caller.request("dequeue", queue=self.queue, wait=1)
-                start.wait()
-                while len(taken) < count and not problems:
-                    caller.send(request)
-                    body = caller.receive()
+        with ExitStack() as stack:
+            free = [stack.enter_context(Caller(self.url)) for _ in range(self.producers)]
+            consumers = [stack.enter_context(Caller(self.url)) for _ in range(self.consumers)]
+            dequeue = consumers[0].request("dequeue", queue=self.queue, wait=60)
+            ready()
+            for consumer in consumers:
+                consumer.send(dequeue)
+            began_at = time.perf_counter() + 0.2  # until they wait
+            until = began_at + self.seconds + 60
+            busy_producers: set[Caller] = set()
+            deleting: set[Caller] = set()
+            latencies: list[float] = []
+            sent = 0
+            while len(latencies) < count and (now := time.perf_counter()) < until:
+                due_in = began_at + sent / self.rate - now
+                if sent < count and free and due_in <= 0:
+                    producer = free.pop()
+                    producer.send(producer.request("enqueue", queue=self.queue, body=sent))
+                    busy_producers.add(producer)
+                    sent += 1
+                    continue
+                # select, and not what is newer: its timeout is in microseconds.
+                patience = due_in if sent < count and free else 1.0
+                for caller in select.select([*busy_producers, *consumers], [], [], patience)[0]:
+                    result = result_of(caller.receive())
                     arrived_at = time.perf_counter()
-                    for message in result_of(body)["messages"]:
-                        taken.append((arrived_at - began_at - message["body"] / self.rate) * 1000)
-                        caller.call("delete", receipt=message["receipt"])
-
-        def guarded(task: Callable[[], None]) -> None:
-            try:
-                task()
-            except (OSError, RuntimeError) as error:
-                problems.append(str(error))
-
-        start = threading.Event()
-        tasks: list[Callable[[], None]] = [lambda n=n: produce(n) for n in range(self.producers)]  # type: ignore[misc]
-        tasks += [consume] * self.consumers
-        threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
-        for thread in threads:
-            thread.start()
-        ready()
-        began_at = time.perf_counter() + 0.2  # until the consumers wait
-        start.set()
-        for thread in threads:
-            thread.join(self.seconds + 60)
-        errors = {f"refused ({problems[0]})": len(problems)} if problems else {}
-        if len(taken) != count and not problems:
-            errors = {"not delivered exactly once": abs(count - len(taken))}
-        return Tally(messages=len(taken), errors=errors, latencies_ms=taken)
+                    if caller in busy_producers:
+                        busy_producers.remove(caller)
+                        free.append(caller)
+                    elif caller not in deleting and result["messages"]:
+                        (message,) = result["messages"]
+                        latencies.append((arrived_at - began_at - message["body"] / self.rate) * 1000)
+                        caller.send(caller.request("delete", receipt=message["receipt"]))
+                        deleting.add(caller)
+                    else:
+                        deleting.discard(caller)
+                        caller.send(dequeue)
+        errors = {} if len(latencies) == count else {"not delivered": count - len(latencies)}
+        return Tally(messages=len(latencies), errors=errors, latencies_ms=latencies)

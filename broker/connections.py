@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from aiohttp import hdrs, web
 from aiohttp.helpers import rfc822_formatted_time
-from aiohttp.http import HttpVersion10, HttpVersion11
+from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
@@ -226,6 +226,14 @@ def _peek(transport: asyncio.BaseTransport) -> bytes | None:
         borrowed.detach()
 
 
+def _size(message: RawRequestMessage, data: bytes) -> int:
+    """Return how many bytes a request has that begins with these, or -1 where they do not tell."""
+    head, end, _ = data.partition(b"\r\n\r\n")
+    if message.chunked or not end or not head.startswith(f"{message.method} ".encode()):
+        return -1
+    return len(head) + len(end) + int(message.headers.get(hdrs.CONTENT_LENGTH, "0"))
+
+
 class Connection(RequestHandler):
     """One client's connection: aiohttp's protocol with a watchdog.
 
@@ -235,7 +243,8 @@ class Connection(RequestHandler):
     """
 
     __slots__ = (
-        "_channel", "_discarded", "_head_deadline", "_is_lingering", "_limits", "_newest_payload", "_owner",
+        "_channel", "_discarded", "_head_deadline", "_is_lingering", "_limits", "_newest_payload", "_newest_upgrade",
+        "_owner", "_upgrade_bytes_left",
     )  # fmt: skip
 
     def __init__(self, manager: "ConnectionServer", **kwargs: Any) -> None:
@@ -244,6 +253,8 @@ class Connection(RequestHandler):
         self._limits = manager.limits
         self._channel: asyncio.Transport | None = None
         self._newest_payload: StreamReader = EMPTY_PAYLOAD
+        self._newest_upgrade: RawRequestMessage | None = None
+        self._upgrade_bytes_left: int | None = None  # While a request is arriving that asks for another protocol.
         self._head_deadline: float | None = None  # While the head of a request is half here.
         self._discarded: int | None = None  # Bytes thrown away since parsing ended.
         self._is_lingering = False
@@ -288,7 +299,10 @@ class Connection(RequestHandler):
             if self._discarded > self._limits.max_lingering_bytes:
                 self.force_close()
             return
-        begins_head = not self._upgraded and self._newest_payload.is_eof()
+        if self._upgraded:
+            self._discarded = len(data)  # aiohttp would parse it later, where its parser's errors cost the answer.
+            return
+        begins_head = self._newest_payload.is_eof()
         try:
             super().data_received(data)
         except Exception as exc:  # aiohttp's parser lets IndexError out for "GET http://a]b[@/".
@@ -306,9 +320,28 @@ class Connection(RequestHandler):
                 self._give_up_parsing(ValueError("no target"))
             else:
                 self._newest_payload = payload
+                if message.upgrade and message is not self._newest_upgrade:
+                    self._newest_upgrade = message
+                    self._upgrade_bytes_left = _size(message, data)
         elif begins_head and self._head_deadline is None and data.strip(b"\r\n"):
             self._head_deadline = self._loop.time() + self._limits.header_timeout
             self._watch_until(self._head_deadline)
+        if self._upgrade_bytes_left is not None:
+            self._follow_upgrade(len(data))
+
+    def _follow_upgrade(self, received: int) -> None:
+        """Make the answer to a request that asks for another protocol the last one, where bytes came behind it.
+
+        Such a request is answered as any other (RFC 9110, 7.8). But the parser takes what comes behind it in the
+        same segment for the other protocol's, and drops it.
+        """
+        assert self._upgrade_bytes_left is not None
+        self._upgrade_bytes_left -= received
+        if self._newest_payload.is_eof():
+            if self._upgrade_bytes_left != 0:
+                self._discarded = 0
+                self._message_tail = b""
+            self._upgrade_bytes_left = None
 
     def _give_up_parsing(self, exc: BaseException) -> None:
         """Answer 400 after the requests already here; tell a handler that waits for the broken body."""
@@ -411,10 +444,11 @@ class Connection(RequestHandler):
     def prepare_answer(self, response: web.StreamResponse) -> None:
         """Say who answers, and not of which parts and versions it is made.
 
-        While the server is draining an answer is the last of its connection, unless further requests are here already.
+        While the server is draining, or parsing has ended, an answer is the last of its connection, unless further
+        requests are here already.
         """
         response.headers.setdefault("Server", SERVER_NAME)
-        if self._owner.is_draining and not self._messages:
+        if (self._owner.is_draining or self._discarded is not None) and not self._messages:
             response.force_close()
 
     async def _finish_and_linger(

@@ -33,8 +33,8 @@ from broker.settings import Settings
 from broker.storage import counting, durability, inspection, leases, queues
 from broker.storage.calls import Calls
 from broker.storage.database import Database
-from broker.storage.messages import Stored
 from broker.storage.notifications import News
+from broker.storage.storing import Stored
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
 MAX_HEADER_BYTES = 4096

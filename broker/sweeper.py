@@ -53,7 +53,9 @@ async def sweep_once(connection: Connection, batch_size: int = BATCH_SIZE) -> Sw
 class Sweeper:
     """Sweeps every `interval` seconds on a connection of its own."""
 
-    def __init__(self, database: Database, metrics: Metrics, hear: Callable[[News], None], *, interval: float) -> None:
+    def __init__(
+        self, database: Database, metrics: Metrics, hear: Callable[[News], object], *, interval: float
+    ) -> None:
         self._database = database
         self._metrics = metrics
         self._hear = hear

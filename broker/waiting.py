@@ -22,11 +22,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from broker.errors import BrokerError, Overloaded
-from broker.storage import leases, messages
+from broker.storage import handing_out, leases
 from broker.storage.calls import Calls
 from broker.storage.database import Database
+from broker.storage.handing_out import Delivery
 from broker.storage.low_water import UNKNOWN
-from broker.storage.messages import Delivery
 from broker.storage.notifications import News
 
 log = logging.getLogger("broker.waiting")
@@ -49,7 +49,7 @@ class Line:
 
     def __init__(self, on_time: Callable[[], None]) -> None:
         # Ordered, and anybody can leave it at once wherever he stands: thousands may hang up together.
-        self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._waiting: OrderedDict[asyncio.Future[bool], None] = OrderedDict()
         self._timer: asyncio.Handle | None = None
         self._wakes_at = 0.0  # by the loop's clock; uvloop's handle of a time that has come does not know it
         self._on_time = on_time
@@ -61,27 +61,29 @@ class Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def enter(self) -> asyncio.Future[None]:
-        """Stand in line; return what is done when it is one's turn."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def enter(self) -> asyncio.Future[bool]:
+        """Stand in line; return what is done when it is one's turn: True where news were used up for it."""
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting[waiter] = None
         return waiter
 
-    def leave(self, waiter: asyncio.Future[None]) -> None:
-        """Leave the line; where it was one's turn already, it is the next one's."""
+    def leave(self, waiter: asyncio.Future[bool]) -> bool:
+        """Leave the line. Where it was one's turn already, it is the next one's; True where news found nobody."""
         if waiter.done():
-            self.wake(1)
-        else:
-            del self._waiting[waiter]
+            is_news = waiter.result()
+            return self.wake(1, is_news=is_news) > 0 and is_news
+        del self._waiting[waiter]
+        return False
 
-    def wake(self, consumers: int) -> None:
-        """Wake the first ones."""
+    def wake(self, consumers: int, *, is_news: bool = False) -> int:
+        """Wake the first ones; return how many fewer there were."""
         while consumers > 0 and self._waiting:
             waiter, _ = self._waiting.popitem(last=False)
-            waiter.set_result(None)
+            waiter.set_result(is_news)
             consumers -= 1
         if consumers > 0:
             self.doubt()
+        return consumers
 
     def wake_more(self) -> None:
         """Wake two, where one has found as much as it asked for: soon all look who wait, in one statement."""
@@ -151,7 +153,7 @@ class WaitingRoom:
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
-        has_place = has_looked = is_woken = False
+        has_place = has_looked = is_woken = is_news = False
         try:
             while True:
                 delivery = NOTHING
@@ -160,7 +162,9 @@ class WaitingRoom:
                 try:
                     if waiter is None or is_woken or len(line) == 1 or loop.time() >= until:
                         has_looked = True
-                        delivery = await self._take(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
+                        delivery = await self._take(
+                            queue, max_messages, visibility_timeout, at_most_once=at_most_once, is_news=is_news
+                        )
                         if delivery.messages or waiter is None or loop.time() >= until:
                             return delivery
                         self._look_at(queue)
@@ -172,10 +176,11 @@ class WaitingRoom:
                     if self._is_closing or (has_looked and not is_woken):
                         return delivery
                     if is_woken:
+                        is_news = waiter.result()
                         waiter = None  # the wake-up is used by the next look
                 finally:
-                    if waiter is not None:
-                        self._line(queue).leave(waiter)
+                    if waiter is not None and self._line(queue).leave(waiter):
+                        self.tell_others(News(queue, 0.0, 1))
         finally:
             self._waiting -= has_place
 
@@ -191,15 +196,17 @@ class WaitingRoom:
         return line
 
     async def _take(
-        self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool
+        self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool, is_news: bool
     ) -> Delivery:
-        """Dequeue once."""
+        """Dequeue once; `is_news` where news were used up for this."""
         line = self._line(queue)
         doubts = line.doubts
         try:
             delivery = await self._calls.dequeue(queue, max_messages, visibility_timeout, at_most_once=at_most_once)
         except (BrokerError, asyncio.CancelledError):
             self._look_at(queue)  # what this one may have been woken for is somebody else's now
+            if is_news:
+                self.tell_others(News(queue, 0.0, 1))
             raise
         if line is not self._line(queue):
             doubts = -1  # it was forgotten meanwhile; the new one doubts for reasons of its own
@@ -243,20 +250,21 @@ class WaitingRoom:
         task.add_done_callback(self._background.discard)
 
     def tell(self, news: News) -> None:
-        """Wake those who wait here, and let the other brokers know."""
-        self.hear(news)
-        self.tell_others(news)
+        """Wake those who wait here, and let the other brokers know of what is left for them."""
+        left = self.hear(news)
+        if left:
+            self.tell_others(news._replace(messages=left))
 
-    def hear(self, news: News) -> None:
-        """Take in news of this broker or of another."""
+    def hear(self, news: News) -> int:
+        """Take in news of this broker or of another; return for how many messages nobody waits here."""
         line = self._lines.get(news.queue)
         if line is None:
-            return
+            return news.messages
         line.in_vain = 0
         if news.seconds <= 0:
-            line.wake(news.messages)
-        else:
-            line.wake_in(news.seconds)
+            return line.wake(news.messages, is_news=True)
+        line.wake_in(news.seconds)
+        return news.messages
 
     def look_at_all(self) -> None:
         """Look soon at every queue that somebody waits for: news may have been lost."""
@@ -311,7 +319,7 @@ class WaitingRoom:
         doubted = [queue for queue in queues if low_water.is_in_doubt(queue)]
         floors = {queue: UNKNOWN if queue in doubted else low_water.floors(queue) for queue in queues}
         began_at = time.monotonic()
-        found = await self._database.read(lambda connection: messages.next_visible(connection, queues, floors))
+        found = await self._database.read(lambda connection: handing_out.next_visible(connection, queues, floors))
         low_water.looked_from_the_beginning(doubted, time.monotonic() - began_at)
         for queue in doubted:
             seconds = found.get(queue)

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -28,14 +28,20 @@ from psycopg.conninfo import make_conninfo
 
 from broker.embedded import EmbeddedPostgres
 from broker.errors import QueueNotFound
+from broker.model import NewMessage
 from broker.server import Server
 from broker.settings import Settings
-from broker.storage import messages
-from broker.storage.database import Connection, configure
-from broker.storage.messages import Delivery, Wanted
+from broker.storage import handing_out
+from broker.storage.calls import Calls
+from broker.storage.database import Connection, Database, configure
+from broker.storage.handing_out import Delivery, Wanted
+from broker.storage.low_water import LowWater
 from broker.storage.migrate import migrate
+from gate import MAKE_GATE, Gate
 
 TEMPLATE = "wonderq_test_template"
+# Only catches a hang.
+PATIENCE = 30.0
 
 _names = (f"wonderq_test_{os.getpid()}_{n}" for n in itertools.count())
 
@@ -47,16 +53,11 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 
 
 @contextmanager
-def _test_server() -> Iterator[str]:
-    """Yield how to connect to the server that tests make their databases on."""
-    if url := os.environ.get("TEST_DATABASE_URL"):
-        yield url
-        return
+def private_server(make: Callable[..., EmbeddedPostgres] = EmbeddedPostgres) -> Iterator[str]:
+    """Yield how to connect to a PostgreSQL whose directory goes away with it; `make` builds it."""
     with tempfile.TemporaryDirectory(prefix="wonderq-test-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)  # as root, PostgreSQL runs as another account
-        postgres = EmbeddedPostgres(
-            Path(folder), settings={"fsync": "off", "full_page_writes": "off", "max_connections": "300"}
-        )
+        postgres = make(Path(folder), settings={"fsync": "off", "full_page_writes": "off", "max_connections": "300"})
         conninfo = asyncio.run(postgres.start())
         try:
             yield conninfo
@@ -64,17 +65,24 @@ def _test_server() -> Iterator[str]:
             asyncio.run(postgres.stop())
 
 
+@contextmanager
+def with_template(conninfo: str) -> Iterator[str]:
+    """Yield how to connect to a server while it has the migrated template."""
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE IF EXISTS {TEMPLATE} WITH (FORCE)")
+        connection.execute(f"CREATE DATABASE {TEMPLATE} TEMPLATE template0 ENCODING 'UTF8'")
+    asyncio.run(migrate(make_conninfo(conninfo, dbname=TEMPLATE)))
+    yield conninfo
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE IF EXISTS {TEMPLATE} WITH (FORCE)")
+
+
 @pytest.fixture(scope="session")
 def test_server() -> Iterator[str]:
     """A PostgreSQL with a migrated template database."""
-    with _test_server() as conninfo:
-        with psycopg.connect(conninfo, autocommit=True) as connection:
-            connection.execute(f"DROP DATABASE IF EXISTS {TEMPLATE} WITH (FORCE)")
-            connection.execute(f"CREATE DATABASE {TEMPLATE} TEMPLATE template0 ENCODING 'UTF8'")
-        asyncio.run(migrate(make_conninfo(conninfo, dbname=TEMPLATE)))
+    named = os.environ.get("TEST_DATABASE_URL")
+    with nullcontext(named) if named else private_server() as server, with_template(server) as conninfo:
         yield conninfo
-        with psycopg.connect(conninfo, autocommit=True) as connection:
-            connection.execute(f"DROP DATABASE IF EXISTS {TEMPLATE} WITH (FORCE)")
 
 
 @contextmanager
@@ -122,6 +130,35 @@ async def connect(database_url: str) -> AsyncIterator[Connect]:
             return connection
 
         yield one_more
+
+
+@pytest.fixture
+async def gate(connect: Connect) -> Gate:
+    """What holds a statement back."""
+    keeper = await connect()
+    await keeper.execute(MAKE_GATE)
+    return Gate(keeper)
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    """The connections of a broker."""
+    opened = Database(database_url, request_timeout=PATIENCE)
+    await opened.open(PATIENCE)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def calls(database: Database) -> Calls:
+    """The calls of a broker that nobody watches."""
+    return Calls(database)
+
+
+@pytest.fixture
+def no_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let brokers believe their low-water hints also where a queue seems empty."""
+    monkeypatch.setattr(LowWater, "may_be_doubted", lambda self, queue: False)
 
 
 @pytest.fixture
@@ -220,6 +257,11 @@ def server_in_a_thread(test_server: str) -> Iterator[Server]:
         loop.close()
 
 
+def new(*bodies: object) -> list[NewMessage]:
+    """Return messages that have these bodies, which are JSON already, and nothing else."""
+    return [NewMessage(str(body), None, None, None, None) for body in bodies]
+
+
 async def dequeue(
     connection: Connection,
     queue: str,
@@ -231,7 +273,7 @@ async def dequeue(
 ) -> Delivery:
     """Take messages on a connection, as a broker does that knows nothing of the queue. Raises QueueNotFound."""
     wanted = Wanted(queue, max_messages, visibility_timeout, fresh_first)
-    handed_out = await messages.hand_out(connection, [wanted], at_most_once=at_most_once)
+    handed_out = await handing_out.hand_out(connection, [wanted], at_most_once=at_most_once)
     if queue not in handed_out.deliveries:
         raise QueueNotFound(queue=queue)
     return handed_out.deliveries[queue]

@@ -15,73 +15,20 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from psycopg import sql
 
 from broker.errors import BrokerError, LeaseLost, MessageLeased, MessageNotFound, QueueExists, QueueNotFound
 from broker.model import Lease, NewMessage, message_number_of
-from broker.storage import counting, inspection, leases, messages, queues
+from broker.storage import counting, handing_out, inspection, leases, queues, storing
 from broker.storage.database import Connection, Database
-from broker.storage.messages import Delivery, EnqueueCall, Stored
+from broker.storage.handing_out import Delivery
+from broker.storage.storing import EnqueueCall, Stored
 from broker.sweeper import sweep_once
-from conftest import Connect, dequeue
-
-T = TypeVar("T")
-
-GATE = 1
-MAKE_GATE = """
-CREATE FUNCTION broker.gate() RETURNS boolean LANGUAGE plpgsql AS $$
-BEGIN
-    IF current_setting('test.is_held_back', true) = 'yes' THEN
-        PERFORM pg_advisory_lock_shared(1);
-        PERFORM pg_advisory_unlock_shared(1);
-    END IF;
-    RETURN true;
-END
-$$;
-ALTER TABLE broker.queues RENAME TO queues_behind_the_gate;
-CREATE VIEW broker.queues AS
-SELECT * FROM broker.queues_behind_the_gate WHERE broker.gate();
-"""
-
-
-async def wait_until_blocked(observer: Connection, blocked: Connection) -> None:
-    """Return when a connection's statement waits for a lock."""
-    async with asyncio.timeout(20):
-        while True:
-            cursor = await observer.execute(
-                "SELECT wait_event_type FROM pg_stat_activity WHERE pid = %s", [blocked.info.backend_pid]
-            )
-            if await cursor.fetchone() == ("Lock",):
-                return
-
-
-class Gate:
-    """Holds one connection's statement back between its snapshot and its first lock."""
-
-    def __init__(self, keeper: Connection) -> None:
-        self.keeper = keeper
-
-    @asynccontextmanager
-    async def holding_back(self, connection: Connection, work: Awaitable[T]) -> AsyncIterator[asyncio.Future[T]]:
-        """Start the work; enter when it has its snapshot; let it go on at the end."""
-        await connection.execute("SET test.is_held_back = 'yes'")
-        await self.keeper.execute("SELECT pg_advisory_lock(%s)", [GATE])
-        task = asyncio.ensure_future(work)
-        await wait_until_blocked(self.keeper, connection)
-        yield task
-        await self.keeper.execute("SELECT pg_advisory_unlock(%s)", [GATE])
-        await asyncio.wait({task}, timeout=20)
-        await connection.execute("SET test.is_held_back = 'no'")
-
-
-@pytest.fixture
-async def gate(connect: Connect) -> Gate:
-    keeper = await connect()
-    await keeper.execute(MAKE_GATE)
-    return Gate(keeper)
+from conftest import Connect, dequeue, new
+from gate import Gate, wait_until_blocked
 
 
 @asynccontextmanager
@@ -95,8 +42,7 @@ async def transaction(connection: Connection) -> AsyncIterator[None]:
 
 async def send(connection: Connection, how_many: int = 1, queue: str = "default") -> list[int]:
     """Store messages; return their numbers."""
-    new = [NewMessage(str(n), None, None, None, None) for n in range(how_many)]
-    (stored,) = await messages.enqueue(connection, [EnqueueCall(queue, new)])
+    (stored,) = await storing.enqueue(connection, [EnqueueCall(queue, new(*range(how_many)))])
     assert isinstance(stored, Stored), stored
     return stored.ids
 
@@ -488,19 +434,13 @@ async def test_a_delete_waits_for_a_purge_and_answers_false(connect: Connect) ->
 
 
 async def test_a_message_stored_while_its_queue_is_deleted_is_never_seen_and_the_sweeper_removes_it(
-    connect: Connect, gate: Gate, database_url: str
+    connect: Connect, gate: Gate, database: Database
 ) -> None:
     one, two = await connect(), await connect()
     await queues.create(two, "short-lived", {})
-    database = Database(database_url)
-    await database.open(10)
-    try:
-        new = [NewMessage("1", None, None, None, None)]
-        async with gate.holding_back(one, messages.enqueue(one, [EnqueueCall("short-lived", new)])) as sending:
-            assert await queues.delete(database, "short-lived") == (0, True)
-        (stored,) = await sending
-    finally:
-        await database.close()
+    async with gate.holding_back(one, storing.enqueue(one, [EnqueueCall("short-lived", new(1))])) as sending:
+        assert await queues.delete(database, "short-lived") == (0, True)
+    (stored,) = await sending
     assert isinstance(stored, Stored)
     assert await remaining(two) == set(stored.ids)
     with pytest.raises(QueueNotFound):
@@ -529,15 +469,13 @@ async def test_enqueue_does_not_wait_for_an_update_of_its_queue_and_goes_by_what
     connect: Connect,
 ) -> None:
     one, two = await connect(), await connect()
-    call = EnqueueCall("default", [NewMessage('"long"', None, None, None, None)])
+    call = EnqueueCall("default", new('"long"'))
     async with transaction(one):
         await queues.update(one, "default", {"delay": 3600.0, "max_message_bytes": 1})
-        (before,) = await messages.enqueue(
-            two, [EnqueueCall("default", [NewMessage('"long"', None, None, None, None)])]
-        )
+        (before,) = await storing.enqueue(two, [call])
         assert isinstance(before, Stored)
         assert before.shortest_delay == 0
-    (after,) = await messages.enqueue(two, [call])
+    (after,) = await storing.enqueue(two, [call])
     assert isinstance(after, BrokerError)
     assert after.type == "message_too_large"
 
@@ -609,8 +547,8 @@ class Hammer:
 
     async def send(self, connection: Connection, chance: random.Random) -> None:
         self.sent.update(await send(connection, chance.randint(1, 40)))
-        new = [NewMessage("1", None, None, None, 0.001)] * 3
-        await messages.enqueue(connection, [EnqueueCall("fleeting", new)])
+        fleeting = [NewMessage("1", None, None, None, 0.001)] * 3
+        await storing.enqueue(connection, [EnqueueCall("fleeting", fleeting)])
 
     async def take(self, connection: Connection, chance: random.Random) -> None:
         delivery = await dequeue(
@@ -638,7 +576,7 @@ class Hammer:
     async def look(self, connection: Connection, chance: random.Random) -> None:
         await counting.count(connection, ["default", "fleeting"])
         await inspection.list_by_id(connection, "default", None, 50, -1)
-        await messages.next_visible(connection, ["default", "fleeting"])
+        await handing_out.next_visible(connection, ["default", "fleeting"])
 
     async def change(self, connection: Connection, chance: random.Random) -> None:
         for lease in self.some_leases(chance)[:2]:

@@ -24,7 +24,9 @@ from broker.connections import (
     ConnectionLimits,
     ConnectionRunner,
     client_has_hung_up,
+    json_answer,
     read_body,
+    send,
 )
 from broker.draining import drain
 
@@ -273,6 +275,87 @@ async def test_a_client_that_never_reads_its_answer_is_cut_off() -> None:
             client.sendall(post())
             await eventually(lambda: broker.runner.requests_in_flight == 1)
             await eventually(lambda: not broker.runner.connections)
+
+
+# Requests that ask for another protocol
+
+H2C = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__")
+WEBSOCKET = (
+    "Connection: Upgrade",
+    "Upgrade: websocket",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==",
+)
+
+
+@pytest.mark.parametrize("fields", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+async def test_a_request_that_asks_for_another_protocol_is_answered_and_its_connection_stays(
+    fields: tuple[str, ...],
+) -> None:
+    """Java's HttpClient asks with every request, and sends a body apart from its head."""
+    async with serve(PATIENT) as broker:
+        reader, writer = await broker.connect()
+        head, _, _ = post(b"apart", *fields).partition(b"apart")
+        for request in (post(b"whole", *fields), post(b"", *fields), post(bytes(MEBIBYTE), *fields), post(b"another")):
+            writer.write(request)
+            assert (await read_answer(reader)).body == request.partition(b"\r\n\r\n")[2]
+            writer.write(head)
+            await eventually(lambda: broker.runner.requests_in_flight == 1)
+            writer.write(b"apart")
+            answer = await read_answer(reader)
+            assert answer.body == b"apart"
+            assert "connection" not in answer.headers
+        writer.close()
+
+
+BEHIND = {
+    "a request": post(b"two"),
+    "one that asks as well": post(b"two", *H2C),
+    "half a request": post(b"two")[:20],
+    "what breaks the URL parser": b"GET http://a]b[@/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    "what is not HTTP": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND.keys())
+@pytest.mark.parametrize("body", [b"one", b""], ids=["body", "no body"])
+@pytest.mark.parametrize("fields", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+async def test_what_comes_behind_a_request_that_asks_for_another_protocol_is_dropped_and_the_answer_says_so(
+    fields: tuple[str, ...], body: bytes, behind: bytes
+) -> None:
+    """The client learns that it has to send the rest again."""
+    async with serve(PATIENT) as broker:
+        answer = parse(await broker.ask(post(body, *fields) + behind))
+    assert (answer.status, answer.body, answer.headers["connection"]) == (200, body, "close")
+
+
+async def test_what_comes_behind_a_body_that_came_in_pieces_is_dropped_too() -> None:
+    chunked = post(b"", *H2C).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"3\r\none\r\n0\r\n\r\n"
+    for request in (post(b"one", *H2C), chunked):
+        async with serve(PATIENT) as broker:
+            answer = parse(await broker.ask(request[:30], request[30:-4], request[-4:] + post(b"two"), pause=0.02))
+        assert (answer.status, answer.body, answer.headers["connection"]) == (200, b"one", "close")
+
+
+async def test_requests_before_one_that_asks_for_another_protocol_are_answered_as_ever() -> None:
+    async with serve(PATIENT) as broker:
+        reader, writer = await broker.connect()
+        writer.write(post(b"0") + post(b"1") + post(b"2", *H2C) + post(b"3"))
+        answers = [await read_answer(reader) for _ in range(3)]
+        assert [(answer.body, answer.headers.get("connection")) for answer in answers] == [
+            (b"0", None), (b"1", None), (b"2", "close"),
+        ]  # fmt: skip
+        assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+        writer.close()
+
+
+async def test_an_answer_that_is_written_early_says_too_that_it_is_the_last_one() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return await send(request, json_answer(b"1"))
+
+    async with serve(PATIENT, handler) as broker:
+        answer = parse(await broker.ask(post(b"one", *H2C) + post(b"two")))
+    assert (answer.body, answer.headers["connection"]) == (b"1", "close")
 
 
 # Broken requests

@@ -7,8 +7,7 @@ what a statement carried is recorded by the function that carries it out. Nothin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -29,19 +28,10 @@ from broker.storage import group_commit, queues
 from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database
 from broker.storage.group_commit import GroupCommit
-from broker.storage.messages import Delivery, Stored
-from conftest import Connect
-
-DEADLINE = 30.0
-GATE = 4711
-
-
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    opened = Database(database_url, request_timeout=DEADLINE)
-    await opened.open(DEADLINE)
-    yield opened
-    await opened.close()
+from broker.storage.handing_out import Delivery
+from broker.storage.storing import Stored
+from conftest import PATIENCE, Connect, new
+from gate import GATE, gate_closed
 
 
 class Statements:
@@ -65,14 +55,6 @@ async def keeper(connect: Connect) -> Connection:
     return connection
 
 
-@asynccontextmanager
-async def gate_closed(keeper: Connection) -> AsyncIterator[None]:
-    """While it is closed no statement of `Statements` gets on."""
-    await keeper.execute("SELECT pg_advisory_lock(%s)", [GATE])
-    yield
-    await keeper.execute("SELECT pg_advisory_unlock(%s)", [GATE])
-
-
 @pytest.fixture
 def patient_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let statements wait for the gate as if its lock were nobody's business."""
@@ -80,7 +62,7 @@ def patient_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def until(fact: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(PATIENCE):
         while not fact():
             await asyncio.sleep(0.005)
 
@@ -90,7 +72,7 @@ def start(group: GroupCommit[int, float], *numbers: int, line: str = "q", **how:
 
 
 async def results(tasks: Sequence[Awaitable[Any]]) -> list[Any]:
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(PATIENCE):
         return await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -297,15 +279,6 @@ async def test_a_caller_that_goes_away_before_its_call_is_sent_takes_it_along(
 # The calls themselves
 
 
-@pytest.fixture
-async def calls(database: Database) -> Calls:
-    return Calls(database)
-
-
-def new(*bodies: Any) -> list[NewMessage]:
-    return [NewMessage(str(body), None, None, None, None) for body in bodies]
-
-
 async def test_consumers_that_ask_together_get_what_is_there_the_first_ones_first(calls: Calls) -> None:
     await calls.enqueue("default", new(*range(10)))
     deliveries: list[Delivery] = await results([calls.dequeue("default", 3, 30) for _ in range(5)])
@@ -454,7 +427,7 @@ async def test_a_call_that_is_refused_takes_no_room_from_its_neighbours(calls: C
 async def test_calls_that_wait_for_a_lock_leave_no_connection_behind(database_url: str, connect: Connect) -> None:
     """Whoever locks a message and goes for a walk must not use up the server's connections."""
     database = Database(database_url, request_timeout=0.5)
-    await database.open(DEADLINE)
+    await database.open(PATIENCE)
     calls = Calls(database)
     holder, observer = await connect(), await connect()
     await calls.enqueue("default", new(1))
@@ -465,7 +438,7 @@ async def test_calls_that_wait_for_a_lock_leave_no_connection_behind(database_ur
         (answer,) = await results([calls.delete([lease])])
         assert isinstance(answer, Unavailable)
     waiting = [(99,)]
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(PATIENCE):
         while waiting != [(0,)]:
             await asyncio.sleep(0.1)
             cursor = await observer.execute(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,29 +16,16 @@ import psycopg
 import pytest
 
 from broker.model import Lease, NewMessage, message_number_of
-from broker.storage import leases, low_water, messages
+from broker.storage import handing_out, leases, low_water, storing
 from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database
+from broker.storage.handing_out import Delivery, Wanted
 from broker.storage.low_water import UNKNOWN, Before, Floors, LowWater, View
-from broker.storage.messages import Delivery, EnqueueCall, Stored, Wanted
-from conftest import Connect
+from broker.storage.storing import EnqueueCall, Stored
+from conftest import PATIENCE, Connect, new
+from gate import Gate
 
-DEADLINE = 30.0
 START = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    opened = Database(database_url, request_timeout=DEADLINE)
-    await opened.open(DEADLINE)
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
-def no_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Believe the hint."""
-    monkeypatch.setattr(LowWater, "may_be_doubted", lambda self, queue: False)
 
 
 @pytest.fixture
@@ -49,16 +35,12 @@ def quick_hints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_water, "NOTE_EVERY", timedelta(0))
 
 
-def new(*bodies: Any) -> list[NewMessage]:
-    return [NewMessage(str(body), None, None, None, None) for body in bodies]
-
-
 def bodies(delivery: Delivery) -> list[int]:
     return [int(bytes(message.body)) for message in delivery.messages]
 
 
 async def send(connection: Connection, *contents: int) -> None:
-    (stored,) = await messages.enqueue(connection, [EnqueueCall("default", new(*contents))])
+    (stored,) = await storing.enqueue(connection, [EnqueueCall("default", new(*contents))])
     assert isinstance(stored, Stored)
 
 
@@ -101,14 +83,13 @@ async def pages_of_a_dequeue(connection: Connection, floors: Floors) -> int:
             pages = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
             return await connection.execute(statement, params, binary=binary)
 
-    await messages.hand_out(Explaining(), [wanted])  # type: ignore[arg-type]
+    await handing_out.hand_out(Explaining(), [wanted])  # type: ignore[arg-type]
     return pages
 
 
 async def test_behind_an_old_snapshot_a_dequeue_does_not_walk_past_what_was_taken(
-    database: Database, connect: Connect, quick_hints: None
+    calls: Calls, connect: Connect, quick_hints: None
 ) -> None:
-    calls = Calls(database)
     old, other = await connect(), await connect()
     await other.execute("ALTER TABLE broker.messages SET (autovacuum_enabled = off)")
     await old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
@@ -127,9 +108,8 @@ async def test_behind_an_old_snapshot_a_dequeue_does_not_walk_past_what_was_take
 
 
 async def test_what_has_expired_and_was_not_swept_is_walked_past_once(
-    database: Database, connect: Connect, quick_hints: None
+    calls: Calls, connect: Connect, quick_hints: None
 ) -> None:
-    calls = Calls(database)
     other = await connect()
     await calls.enqueue("default", [NewMessage("0", None, None, None, 0.001)] * 1000)
     await calls.enqueue("default", new(1, 2, 3, 4))
@@ -142,9 +122,8 @@ async def test_what_has_expired_and_was_not_swept_is_walked_past_once(
 
 
 async def test_a_transaction_that_lasts_brings_its_message_below_no_hint(
-    database: Database, connect: Connect, no_doubt: None, quick_hints: None
+    calls: Calls, connect: Connect, no_doubt: None, quick_hints: None
 ) -> None:
-    calls = Calls(database)
     slow, other = await connect(), await connect()
     await traffic(calls)
     await slow.execute("BEGIN")
@@ -159,10 +138,9 @@ async def test_a_transaction_that_lasts_brings_its_message_below_no_hint(
 
 
 async def test_a_transaction_that_is_old_when_it_stores_its_first_message_brings_it_below_no_hint(
-    database: Database, connect: Connect, no_doubt: None, quick_hints: None
+    calls: Calls, connect: Connect, no_doubt: None, quick_hints: None
 ) -> None:
     """It gets its id last, when the hint has passed its beginning."""
-    calls = Calls(database)
     slow = await connect()
     await slow.execute("BEGIN")
     await slow.execute("SELECT now()")
@@ -174,49 +152,24 @@ async def test_a_transaction_that_is_old_when_it_stores_its_first_message_brings
 
 
 async def test_a_statement_that_is_held_up_before_it_stores_anything_brings_its_message_below_no_hint(
-    database: Database, connect: Connect, no_doubt: None, quick_hints: None
+    calls: Calls, connect: Connect, gate: Gate, no_doubt: None, quick_hints: None
 ) -> None:
     """The statement begins and has its snapshot; the hint passes that time; then it stores its message."""
-    calls = Calls(database)
-    slow, keeper = await connect(), await connect()
-    await keeper.execute("""
-        CREATE FUNCTION broker.gate() RETURNS boolean LANGUAGE plpgsql AS $$
-        BEGIN
-            IF current_setting('test.is_held_back', true) = 'yes' THEN
-                PERFORM pg_advisory_lock_shared(1);
-                PERFORM pg_advisory_unlock_shared(1);
-            END IF;
-            RETURN true;
-        END
-        $$;
-        ALTER TABLE broker.queues RENAME TO queues_behind_the_gate;
-        CREATE VIEW broker.queues AS SELECT * FROM broker.queues_behind_the_gate WHERE broker.gate();
-    """)
-    await slow.execute("SET test.is_held_back = 'yes'")
-    await keeper.execute("SELECT pg_advisory_lock(1)")
-    sending = asyncio.create_task(send(slow, 77))
-    async with asyncio.timeout(DEADLINE):
-        waiting: Any = None
-        while waiting != ("Lock",):
-            cursor = await keeper.execute(
-                "SELECT wait_event_type FROM pg_stat_activity WHERE pid = %s", [slow.info.backend_pid]
-            )
-            waiting = await cursor.fetchone()
-    began_before = await now(keeper)
-    await traffic(calls, 20)
-    floors = known(calls)
-    assert floors.fresh is not None
-    assert floors.fresh > began_before
-    await keeper.execute("SELECT pg_advisory_unlock(1)")
+    slow = await connect()
+    async with gate.holding_back(slow, send(slow, 77)) as sending:
+        began_before = await now(gate.keeper)
+        await traffic(calls, 20)
+        floors = known(calls)
+        assert floors.fresh is not None
+        assert floors.fresh > began_before
     await sending
     assert bodies(await calls.dequeue("default", 1, 30)) == [77]
 
 
 async def test_a_lock_that_is_given_up_hides_no_message(
-    database: Database, connect: Connect, no_doubt: None, quick_hints: None
+    calls: Calls, connect: Connect, no_doubt: None, quick_hints: None
 ) -> None:
     """Somebody has the first message while the others pass; his transaction is rolled back."""
-    calls = Calls(database)
     holder = await connect()
     await calls.enqueue("default", new(77))
     await holder.execute("BEGIN")
@@ -227,9 +180,8 @@ async def test_a_lock_that_is_given_up_hides_no_message(
 
 
 async def test_what_is_given_back_or_made_to_end_now_is_hidden_by_no_hint(
-    database: Database, connect: Connect, no_doubt: None, quick_hints: None
+    calls: Calls, connect: Connect, no_doubt: None, quick_hints: None
 ) -> None:
-    calls = Calls(database)
     slow, other = await connect(), await connect()
     await calls.enqueue("default", new(1, 2))
     one, two = [await calls.dequeue("default", 1, 300) for _ in range(2)]
@@ -245,8 +197,7 @@ async def test_what_is_given_back_or_made_to_end_now_is_hidden_by_no_hint(
     assert row == (2,)
 
 
-async def test_a_mere_reader_holds_no_hint_back(database: Database, connect: Connect, quick_hints: None) -> None:
-    calls = Calls(database)
+async def test_a_mere_reader_holds_no_hint_back(calls: Calls, connect: Connect, quick_hints: None) -> None:
     reader, other = await connect(), await connect()
     await reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     await reader.execute("SELECT count(*) FROM broker.messages")
@@ -262,9 +213,9 @@ async def test_many_brokers_hand_out_everything_whatever_their_hints(
 ) -> None:
     """Three brokers send, take, delete, give back and drop leases; slow transactions come in between."""
     chance = random.Random(3)
-    databases = [Database(database_url, request_timeout=DEADLINE) for _ in range(3)]
+    databases = [Database(database_url, request_timeout=PATIENCE) for _ in range(3)]
     for each in databases:
-        await each.open(DEADLINE)
+        await each.open(PATIENCE)
     brokers = [Calls(each) for each in databases]
     deleted: set[int] = set()
     sent = 0
@@ -297,7 +248,7 @@ async def test_many_brokers_hand_out_everything_whatever_their_hints(
             await asyncio.sleep(chance.uniform(0, 0.05))
             await connection.execute(psycopg.sql.SQL(chance.choice(("COMMIT", "COMMIT", "ROLLBACK"))))
 
-    async with asyncio.timeout(4 * DEADLINE):
+    async with asyncio.timeout(4 * PATIENCE):
         await asyncio.gather(*map(broker, brokers), slow_producer())
         other = await connect()
         # Those whose leases run are made to end, as their holders can.
@@ -322,9 +273,8 @@ async def test_many_brokers_hand_out_everything_whatever_their_hints(
 
 
 async def test_messages_below_the_hint_are_found_where_a_queue_seems_empty(
-    database: Database, connect: Connect, quick_hints: None
+    calls: Calls, connect: Connect, quick_hints: None
 ) -> None:
-    calls = Calls(database)
     other = await connect()
     await traffic(calls)
     await send(other, 77)
@@ -333,10 +283,9 @@ async def test_messages_below_the_hint_are_found_where_a_queue_seems_empty(
 
 
 async def test_the_dequeue_that_notices_that_the_clock_was_set_back_finds_what_is_there(
-    database: Database, connect: Connect, quick_hints: None
+    calls: Calls, connect: Connect, quick_hints: None
 ) -> None:
     """The hint lies in what has become the future."""
-    calls = Calls(database)
     await traffic(calls)
     future = datetime.now(UTC) + timedelta(hours=1)
     calls.low_water._floors["default"] = Floors(future, future)
@@ -346,9 +295,8 @@ async def test_the_dequeue_that_notices_that_the_clock_was_set_back_finds_what_i
 
 
 async def test_messages_below_the_hint_of_a_busy_queue_are_found_by_the_look_from_the_beginning(
-    database: Database, connect: Connect, no_doubt: None, quick_hints: None
+    calls: Calls, connect: Connect, no_doubt: None, quick_hints: None
 ) -> None:
-    calls = Calls(database)
     other = await connect()
     await traffic(calls)
     await send(other, 77)
@@ -359,9 +307,8 @@ async def test_messages_below_the_hint_of_a_busy_queue_are_found_by_the_look_fro
 
 
 async def test_a_lost_connection_makes_every_hint_unknown(
-    database: Database, connect: Connect, no_doubt: None, quick_hints: None
+    calls: Calls, connect: Connect, no_doubt: None, quick_hints: None
 ) -> None:
-    calls = Calls(database)
     other = await connect()
     await traffic(calls)
     assert known(calls) != UNKNOWN
@@ -440,16 +387,13 @@ def test_a_transaction_that_lasts_for_long_costs_no_memory(hints: LowWater) -> N
     assert floor > START + timedelta(seconds=end * 0.9)
 
 
-async def test_the_messages_of_one_statement_are_told_apart_by_their_numbers(calls_of: Calls) -> None:
+async def test_the_messages_of_one_statement_are_told_apart_by_their_numbers(
+    calls: Calls, no_doubt: None, quick_hints: None
+) -> None:
     """The hint may lie between messages of the same time: none of them is below it."""
-    await calls_of.enqueue("default", new(*range(10)))
+    await calls.enqueue("default", new(*range(10)))
     taken: list[int] = []
-    while delivery := (await calls_of.dequeue("default", 3, 30)).messages:
+    while delivery := (await calls.dequeue("default", 3, 30)).messages:
         taken += [message_number_of(message.message_id) or 0 for message in delivery]
     assert len(taken) == 10
     assert taken == sorted(taken)
-
-
-@pytest.fixture
-def calls_of(database: Database, no_doubt: None, quick_hints: None) -> Calls:
-    return Calls(database)

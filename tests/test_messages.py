@@ -16,9 +16,9 @@ from psycopg import sql
 
 from broker.errors import InvalidReceipt
 from broker.model import NewMessage, lease_of, receipt_of, timestamp
-from broker.storage import inspection, leases, low_water, messages
+from broker.storage import handing_out, inspection, leases, low_water, storing
 from broker.storage.database import Connection, configure
-from broker.storage.messages import EnqueueCall, Stored
+from broker.storage.storing import EnqueueCall, Stored
 from conftest import Broker, Connect, StartBroker, dequeue
 
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
@@ -221,7 +221,7 @@ async def test_promise_6_an_expired_message_is_invisible_everywhere_at_once(
     assert await error_type(broker, "get_message", **this) == "message_not_found"
     assert await error_type(broker, "update_message", **this, body=1) == "message_not_found"
     assert await broker.call("delete_message", **this) == {"deleted": False}
-    assert await messages.next_visible(connection, ["default"]) == {"default": None}
+    assert await handing_out.next_visible(connection, ["default"]) == {"default": None}
     row = await (await connection.execute("SELECT count(*) FROM broker.messages")).fetchone()
     assert row == (1,), "and yet nobody has swept"
 
@@ -470,7 +470,7 @@ async def test_promise_5_at_most_once_keeps_order_and_number(broker: Broker) -> 
 async def send_mebibytes(connection: Connection, queue: str, how_many: int) -> None:
     """Store bodies of one mebibyte each, which begin with their number."""
     new = [NewMessage(f'"{n}{"x" * (2**20 - 3)}"', None, None, None, None) for n in range(how_many)]
-    (stored,) = await messages.enqueue(connection, [EnqueueCall(queue, new)])
+    (stored,) = await storing.enqueue(connection, [EnqueueCall(queue, new)])
     assert isinstance(stored, Stored), stored
 
 
@@ -544,7 +544,7 @@ async def test_moments_always_have_six_digits(broker: Broker, connection: Connec
 
 async def test_promise_7_what_is_given_back_is_as_it_was(connection: Connection) -> None:
     new = [NewMessage("1", '{"a":"b"}', "me", None, 60.0)]
-    (stored,) = await messages.enqueue(connection, [EnqueueCall("default", new)])
+    (stored,) = await storing.enqueue(connection, [EnqueueCall("default", new)])
     assert isinstance(stored, Stored)
     before = await inspection.get(connection, "default", f"{stored.ids[0]:016x}")
     delivery = await dequeue(connection, "default", 1, None)
@@ -684,7 +684,7 @@ async def test_a_paused_queue_takes_messages_and_hands_out_none(broker: Broker, 
     await send(broker, 1, queue="q")
     assert await take(broker, queue="q") == []
     assert await take(broker, queue="q", delivery="at_most_once") == []
-    assert await messages.next_visible(connection, ["q"]) == {"q": None}
+    assert await handing_out.next_visible(connection, ["q"]) == {"q": None}
     assert (await broker.call("count_messages", queue="q"))["ready"] == 1
     await broker.call("update_queue", queue="q", paused=False)
     (message,) = await take(broker, queue="q")
@@ -720,7 +720,7 @@ async def test_one_full_queue_does_not_stop_another_in_the_same_statement(connec
     calls = [
         EnqueueCall(name, new * n) for name, n in (("full", 1), ("roomy", 2), ("full", 1), ("none", 1), ("roomy", 1))
     ]
-    results = await messages.enqueue(connection, calls)
+    results = await storing.enqueue(connection, calls)
     kinds = [len(result.ids) if isinstance(result, Stored) else result.type for result in results]
     assert kinds == [1, 2, "queue_full", "queue_not_found", 1]
 
@@ -1119,7 +1119,7 @@ async def test_no_default_of_the_database_changes_what_the_statements_do(databas
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
         await configure(connection)
         new = [NewMessage('"€ 🙂"', None, "Łódź", None, 60.0)]
-        await messages.enqueue(connection, [EnqueueCall("default", new)])
+        await storing.enqueue(connection, [EnqueueCall("default", new)])
         (message,) = (await dequeue(connection, "default", 1, None)).messages
         assert bytes(message.body).decode() == '"€ 🙂"'
         assert message.sender == "Łódź"

@@ -14,10 +14,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from broker.model import NewMessage
-from broker.storage import leases, messages, queues, sweeps
+from broker.storage import leases, queues, storing, sweeps
 from broker.storage.database import configure
-from broker.storage.messages import EnqueueCall
 from broker.storage.migrate import MIGRATION_LOCK, MigrationError, available_migrations, migrate, newest_applied
+from broker.storage.storing import EnqueueCall
 from conftest import dequeue
 
 _names = (f"wonderq_test_migrate_{os.getpid()}_{n}" for n in itertools.count())
@@ -128,7 +128,7 @@ async def test_an_ordinary_role_that_owns_the_database_is_enough(test_server: st
                 await configure(connection)
                 await queues.create(connection, "mine", {})
                 new = [NewMessage("1", None, None, None, None)]
-                await messages.enqueue(connection, [EnqueueCall("mine", new)])
+                await storing.enqueue(connection, [EnqueueCall("mine", new)])
                 delivery = await dequeue(connection, "mine", 1, None)
                 assert await leases.delete(connection, delivery.leases) == [True]
                 assert await sweeps.remove_expired(connection, 10) == {}

@@ -18,9 +18,9 @@ import msgspec
 import pytest
 
 from broker.model import FRESH, RETURNED, Lease, NewMessage
-from broker.storage import counting, inspection, leases, messages, queues, sweeps
+from broker.storage import counting, handing_out, inspection, leases, queues, storing, sweeps
 from broker.storage.database import Connection
-from broker.storage.messages import EnqueueCall
+from broker.storage.storing import EnqueueCall
 from conftest import Connect, dequeue
 
 MANY = 200_000
@@ -204,7 +204,7 @@ async def check_every_statement(connection: Connection) -> None:
 async def check_known_messages(connection: Connection, n: int) -> None:
     held = await some_leases(connection, n)
     new = [NewMessage('"body"', None, None, None, None)] * n
-    await check_lookup(connection, n, lambda c: messages.enqueue(c, [EnqueueCall("work", new)]))
+    await check_lookup(connection, n, lambda c: storing.enqueue(c, [EnqueueCall("work", new)]))
     await check_lookup(connection, n, lambda c: leases.delete(c, held))
     await check_lookup(connection, n, lambda c: leases.extend(c, held, [30] * len(held)))
     await check_lookup(connection, n, lambda c: leases.give_back(c, held))
@@ -214,7 +214,7 @@ async def check_looks(connection: Connection) -> None:
     """Check what reads and leaves everything as it was."""
 
     async def next_visible(c: Connection) -> None:
-        await messages.next_visible(c, ["work", "other", "stale", "default"])
+        await handing_out.next_visible(c, ["work", "other", "stale", "default"])
 
     (plan,) = await plans_of(connection, next_visible)
     assert {scan.index for scan in plan.scans} == {LANE}
@@ -241,6 +241,13 @@ async def check_looks(connection: Connection) -> None:
 
 
 async def check_sweeps(connection: Connection) -> None:
+    async def chores(c: Connection) -> None:
+        await sweeps.chores(c)
+
+    (plan,) = await plans_of(connection, chores)
+    assert {scan.index for scan in plan.scans} == {EXPIRY}, plan
+    assert plan.rows(EXPIRY) <= 1, plan
+
     async def remove_expired(c: Connection) -> None:
         await sweeps.remove_expired(c, 1000)
 
@@ -335,5 +342,5 @@ async def test_many_queues_that_came_since_the_last_analyze_are_found_by_index(
 
 def test_statements_are_short_enough_to_be_remembered() -> None:
     """psycopg takes a longer one apart anew whenever it is sent: a tenth of a millisecond."""
-    for statement in (messages._LEASE, messages._REMOVE, messages._ENQUEUE, leases._DELETE, leases._EXTEND):
+    for statement in (handing_out._LEASE, handing_out._REMOVE, storing._ENQUEUE, leases._DELETE, leases._EXTEND):
         assert len(statement) <= 4096

@@ -9,9 +9,10 @@ import pytest
 
 from broker.errors import BrokerError
 from broker.model import NewMessage
-from broker.storage import counting, leases, messages, queues, sweeps
+from broker.storage import counting, leases, queues, storing, sweeps
 from broker.storage.database import Connection
-from broker.storage.messages import Delivery, EnqueueCall, Stored
+from broker.storage.handing_out import Delivery
+from broker.storage.storing import EnqueueCall, Stored
 from broker.sweeper import Swept, sweep_once
 from conftest import Broker, Connect, StartBroker, dequeue
 
@@ -20,7 +21,7 @@ NOTHING = Swept(expired={}, ended_leases={}, of_deleted_queues=0, measured_queue
 
 async def send(connection: Connection, how_many: int, queue: str = "default", ttl: float | None = None) -> list[int]:
     new = [NewMessage(str(n), None, None, None, ttl) for n in range(how_many)]
-    (stored,) = await messages.enqueue(connection, [EnqueueCall(queue, new)])
+    (stored,) = await storing.enqueue(connection, [EnqueueCall(queue, new)])
     assert isinstance(stored, Stored), stored
     return stored.ids
 
@@ -97,7 +98,7 @@ async def test_a_delayed_message_that_expires_before_it_is_visible_is_removed_wh
 ) -> None:
     """It is invisible all the time; removing it a little later does no harm."""
     new = [NewMessage("1", None, None, 100, 10)]
-    await messages.enqueue(connection, [EnqueueCall("default", new)])
+    await storing.enqueue(connection, [EnqueueCall("default", new)])
     await pass_time(connection, 50)
     assert (await counting.count(connection, ["default"]))["default"].counts.total == 0
     await pass_time(connection, 51)
@@ -239,7 +240,7 @@ async def test_two_sweepers_at_once_remove_what_a_deleted_queue_leaves_once(conn
 
 
 async def test_a_queue_with_a_large_limit_is_full_when_it_was_measured(connection: Connection) -> None:
-    limit = messages.COUNTED_MAX_MESSAGES + 1
+    limit = storing.COUNTED_MAX_MESSAGES + 1
     await queues.create(connection, "large", {"max_messages": limit})
     await connection.execute(
         """
@@ -254,7 +255,7 @@ async def test_a_queue_with_a_large_limit_is_full_when_it_was_measured(connectio
     assert len(await send(connection, 1, "large")) == 1
     assert (await sweep_once(connection)).measured_queues == 1
     new = [NewMessage("1", None, None, None, None)]
-    (refused,) = await messages.enqueue(connection, [EnqueueCall("large", new)])
+    (refused,) = await storing.enqueue(connection, [EnqueueCall("large", new)])
     assert isinstance(refused, BrokerError)
     assert refused.type == "queue_full"
     await connection.execute("DELETE FROM broker.messages")
@@ -271,8 +272,20 @@ async def test_the_longer_it_takes_to_count_a_queue_the_less_often_it_is_counted
     assert (await sweep_once(connection)).measured_queues == 1
 
 
+async def test_a_queue_is_counted_again_after_the_clock_was_set_back(connection: Connection) -> None:
+    """Otherwise it would count as full until the clock comes to the time of the last count again."""
+    await queues.create(connection, "large", {"max_messages": 10_000_000})
+    assert (await sweep_once(connection)).measured_queues == 1
+    await connection.execute("UPDATE broker.queue_sizes SET counted_at = now() + interval '1 hour'")
+    assert (await sweep_once(connection)).measured_queues == 1
+    await connection.execute(
+        "UPDATE broker.queue_sizes SET counted_at = now() + interval '1 hour', messages = 10000000"
+    )
+    assert (await sweep_once(connection)).measured_queues == 1
+
+
 async def test_a_queue_with_a_large_limit_that_was_purged_takes_messages_at_once(broker: Broker) -> None:
-    limit = messages.COUNTED_MAX_MESSAGES + 1
+    limit = storing.COUNTED_MAX_MESSAGES + 1
     await broker.call("create_queue", queue="large", max_messages=limit)
     for _ in range(11):
         await broker.call("enqueue_batch", queue="large", messages=[{"body": 1}] * 1000)

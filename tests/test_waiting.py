@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import aiohttp
+import msgspec
 import psycopg
 import pytest
 
@@ -254,6 +255,16 @@ async def test_each_of_several_delays_wakes_a_consumer_at_once(pair: tuple[Broke
     for delay, consumer in zip(delays, asyncio.as_completed(parked), strict=True):
         await asyncio.wait_for(consumer, DEADLINE)
         assert time.monotonic() - began_at < delay + SOON
+
+
+async def test_news_of_a_delay_that_come_while_a_consumer_is_being_woken_are_taken_in(broker: Broker) -> None:
+    """A look has found a message that is ready; before the consumer is told, an enqueue with a delay is answered."""
+    room = broker.server.waiting
+    parked = await park(broker, "default")
+    assert room._lines["default"].wake_in(0)
+    room.hear(News("default", 5.0, 1))
+    await broker.call("enqueue", body=1)
+    assert await seconds_until_done(parked) < SOON
 
 
 async def test_a_delay_that_was_known_before_anybody_waited_wakes_a_consumer_at_once(
@@ -629,7 +640,7 @@ async def test_a_consumer_that_hangs_up_when_it_is_woken_passes_the_wake_up_on(
             client = await park_raw(pair[0], {"wait": 60})
             parked = await park(pair[0], "default")
             inserter.execute(INSERT, {"queue": "default", "count": 1, "body": str(turns)})
-            steps: list[Callable[[], None]] = [
+            steps: list[Callable[[], object]] = [
                 client.close,
                 lambda: pair[0].server.waiting.hear(News("default", 0.0, 1)),
             ]
@@ -642,6 +653,53 @@ async def test_a_consumer_that_hangs_up_when_it_is_woken_passes_the_wake_up_on(
             (message,) = parked.result()
             assert (message["body"], message["receive_count"]) == (turns, 1)
             await pair[0].call("delete", receipt=message["receipt"])
+
+
+async def test_a_wake_up_that_nobody_here_can_use_any_more_is_news_to_the_others(
+    pair: tuple[Broker, Broker], database_url: str
+) -> None:
+    """It hangs up some turns of the event loop before it is woken or after, each time one more."""
+    with psycopg.connect(database_url, autocommit=True) as inserter:
+        for turns in range(-6, 10):
+            client = await park_raw(pair[0], {"wait": 60})
+            parked = await park(pair[1], "default")
+            inserter.execute(INSERT, {"queue": "default", "count": 1, "body": str(turns)})
+            steps: list[Callable[[], object]] = [
+                client.close,
+                lambda: pair[0].server.waiting.tell(News("default", 0.0, 1)),
+            ]
+            first, second = steps if turns < 0 else reversed(steps)
+            first()
+            for _ in range(abs(turns)):
+                await asyncio.sleep(0)
+            second()
+            assert await seconds_until_done(parked) < SOON
+            (message,) = parked.result()
+            assert (message["body"], message["receive_count"]) == (turns, 1)
+            await pair[1].call("delete", receipt=message["receipt"])
+
+
+async def test_others_are_told_only_of_what_nobody_waits_for_here(
+    pair: tuple[Broker, Broker], connect: Connect
+) -> None:
+    broker, _ = pair
+    await broker.call("create_queue", queue="waited-for")
+    await broker.call("create_queue", queue="told")
+    listener = await connect()
+    await listener.execute(f"LISTEN {CHANNEL}")
+    parked = [await park(broker, "waited-for") for _ in range(2)]
+    await broker.call("enqueue", queue="waited-for", body=1)
+    await asyncio.wait(parked, return_when=asyncio.FIRST_COMPLETED)
+    await broker.call("enqueue_batch", queue="waited-for", messages=[{"body": n} for n in range(5)])
+    await asyncio.wait(parked)
+    await broker.call("enqueue", queue="told", body=1)
+    heard: list[News] = []
+    async with asyncio.timeout(DEADLINE):
+        async for notification in listener.notifies():
+            heard += msgspec.json.decode(notification.payload, type=tuple[str, list[News]])[1]
+            if heard[-1].queue == "told":
+                break
+    assert [(news.queue, news.messages) for news in heard] == [("waited-for", 4), ("told", 1)]
 
 
 # -------------------------------------------------------------------------------------------------- limits and the end
@@ -708,19 +766,20 @@ async def test_what_was_leased_for_a_client_that_hangs_up_while_the_broker_stops
     await until_untouched(other, "q")
 
 
+@pytest.mark.parametrize("next_one", [0, 1])
 async def test_waking_reaches_the_next_where_the_first_one_cannot_use_it(
-    no_looks: None, start_broker: StartBroker, connect: Connect
+    pair: tuple[Broker, Broker], next_one: int, connect: Connect
 ) -> None:
-    """The first one is woken, and its statement is cancelled by an administrator."""
-    broker = await start_broker(sweep_interval=NO_SWEEPS)
+    """The first one is woken, and its statement is cancelled by an administrator. The next waits here or elsewhere."""
+    broker = pair[0]
     holder, watcher = await connect(), await connect()
     first = asyncio.create_task(broker.error("dequeue", wait=60))
     await until(lambda: broker.server.waiting.waiting == 1, "it waits")
-    parked = await park(broker, "default")
+    parked = await park(pair[next_one], "default")
     await watcher.execute(INSERT, {"queue": "default", "count": 1, "body": "1"})
     async with holder.transaction():
         await holder.execute("LOCK TABLE broker.messages IN SHARE ROW EXCLUSIVE MODE")
-        broker.server.waiting.hear(News("default", 0.0, 1))
+        broker.server.waiting.tell(News("default", 0.0, 1))
         await until_blocked(watcher)
         await watcher.execute(BLOCKED.replace("count(*)", "pg_cancel_backend(pid)"))
         assert (await asyncio.wait_for(first, DEADLINE))["code"] == -32001

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from broker.errors import BrokerError, QueueFull, QueueNotFound
 from broker.model import Lease, NewMessage
-from broker.storage import leases, messages
+from broker.storage import handing_out, leases, storing
 from broker.storage.database import Connection, Database
 from broker.storage.group_commit import AGAIN, Again, GroupCommit
+from broker.storage.handing_out import Delivery, DequeueCall, HandOut, Wanted
 from broker.storage.leases import Extended
 from broker.storage.low_water import UNKNOWN, LowWater
-from broker.storage.messages import Delivery, DequeueCall, EnqueueCall, HandOut, Stored, Wanted
+from broker.storage.storing import EnqueueCall, Stored
 
 # One hand-out in so many takes fresh messages first, so that returned ones cannot starve a queue.
 FRESH_FIRST_EVERY = 8
@@ -138,7 +139,7 @@ class Calls:
                 continue
             if delivery.messages:
                 self._count_hand_out(queue)
-            shares = messages.share_out([calls[place] for place in places], delivery)
+            shares = handing_out.share_out([calls[place] for place in places], delivery)
             for place, share in zip(places, shares, strict=True):
                 if share.messages or not share.is_cut:
                     results[place] = share
@@ -147,7 +148,7 @@ class Calls:
     async def _look(self, connection: Connection, wanted: Sequence[Wanted], *, at_most_once: bool) -> HandOut:
         """Hand out, and learn from what was seen."""
         before = self.low_water.before()
-        handed_out = await messages.hand_out(connection, wanted, at_most_once=at_most_once)
+        handed_out = await handing_out.hand_out(connection, wanted, at_most_once=at_most_once)
         if handed_out.view is not None:
             looked_from = {each.queue: each.floors for each in wanted}
             self.low_water.learn(
@@ -170,7 +171,7 @@ async def _enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list
     """
     results: list[Stored | BrokerError | Again] = []
     refused: set[str] = set()
-    for call, result in zip(calls, await messages.enqueue(connection, calls), strict=True):
+    for call, result in zip(calls, await storing.enqueue(connection, calls), strict=True):
         results.append(AGAIN if isinstance(result, QueueFull) and call.queue in refused else result)
         if isinstance(result, BrokerError):
             refused.add(call.queue)

@@ -27,7 +27,7 @@ from psycopg.pq import Format
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
-from broker.storage import arrays
+from broker.storage import binary
 
 T = TypeVar("T")
 Connection = AsyncConnection[tuple[Any, ...]]
@@ -106,7 +106,7 @@ class BinaryJsonLoader(JsonLoader):
 
 async def configure(connection: Connection) -> None:
     """Make a new connection ready for use."""
-    arrays.register(connection.adapters)
+    binary.register(connection.adapters)
     connection.adapters.register_loader("json", JsonLoader)
     connection.adapters.register_loader("json", BinaryJsonLoader)
     for name, value in SESSION_SETTINGS.items():

@@ -16,7 +16,7 @@ import psycopg
 
 from broker.errors import BrokerError, LeaseLost, Unavailable
 from broker.model import Lease
-from broker.storage.arrays import ByteaArray, Int4Array, Int8Array
+from broker.storage.binary import ByteaArray, Int4Array, Int8Array
 from broker.storage.database import Connection
 
 # Locks: the rows of the receipts whose lease is the newest, in the order of the primary key, waiting for each.

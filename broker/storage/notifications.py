@@ -47,7 +47,7 @@ class News(NamedTuple):
 class Notifications:
     """Send this broker's news to the others, and hear theirs."""
 
-    def __init__(self, database: Database, hear: Callable[[News], None], reconnected: Callable[[], None]) -> None:
+    def __init__(self, database: Database, hear: Callable[[News], object], reconnected: Callable[[], None]) -> None:
         self._database = database
         self._hear = hear
         self._reconnected = reconnected

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from broker.storage.database import Connection
-from broker.storage.messages import COUNTED_MAX_MESSAGES
 from broker.storage.queues import purge_batch
+from broker.storage.storing import COUNTED_MAX_MESSAGES
 
 # No locks. Most sweeps find nothing to do, and one look is cheaper than a statement for each chore.
 _CHORES = """

@@ -1,7 +1,8 @@
-"""Lists of values as PostgreSQL's arrays, in its binary format.
+"""Values in PostgreSQL's binary format, where psycopg's own way would take most of the time.
 
-psycopg can do this for lists of any type, and looks at every element for that: it took most of the time of sending a
-batch. Here the type is said by who sends it.
+Lists are sent as arrays: psycopg can do that for lists of any type, and looks at every element for it. Here the type
+is said by who sends it. Times come as the eight bytes that `timestamptz_send` writes; most messages of a batch share
+them, so they are read once.
 """
 
 from __future__ import annotations
