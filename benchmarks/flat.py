@@ -10,12 +10,13 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import psycopg
 
-from benchmarks.bench import Bench, create_queue, prepare
+from benchmarks.bench import Bench, create_queue, prepare, processes
 from benchmarks.caller import Caller
-from benchmarks.cells import SMALL, Plan, commit_milliseconds, rounds
+from benchmarks.cells import RATE, SMALL, Plan, commit_milliseconds, rounds
 from benchmarks.load import read_bodies, wrk
 from benchmarks.processes import Server, one
 from benchmarks.results import US, Cell, Check, Sample, percentile
@@ -269,8 +270,62 @@ def dequeues_of_enqueued(caller: Caller, bodies: Sequence[str], count: int) -> l
     return taken
 
 
+# What the second migration sets, and the same without a part of it.
+TABLE_SETTINGS = {
+    US: "",
+    "autovacuum's defaults": """
+        ALTER TABLE broker.messages RESET (
+            autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold, autovacuum_vacuum_cost_limit
+        )
+    """,
+    "fillfactor 100": "ALTER TABLE broker.messages SET (fillfactor = 100)",
+}
+
+
+def table_settings(bench: Bench, cell: Cell) -> None:
+    """Messages pass through in batches beside a backlog, with the settings of the table and without a part of them."""
+    backlog = bench.rows(1_000_000)
+    case = f"beside {backlog:,} messages"
+    seconds = 1 if bench.options.smoke else 150
+    for who, statement in TABLE_SETTINGS.items():
+        with bench.cluster.database() as conninfo:
+            prepare(conninfo, ["backlog", QUEUE])
+            with psycopg.connect(conninfo, autocommit=True) as connection:
+                connection.execute(statement.encode())
+            fill(bench, conninfo, backlog, queue="'backlog'")
+            settle(conninfo)
+            before, _ = size_and_vacuums(conninfo)
+            with bench.broker_on(conninfo) as broker:
+                bench.warm_up(broker)
+                load = partial(
+                    wrk, "life", broker.url, 8, seconds, queue=QUEUE, batch=100, bodies=bench.bodies(SMALL)
+                )  # fmt: skip
+                sample = bench.measure(cell, case, who, 1, load, processes(broker, bench.cluster))
+            after, vacuums = size_and_vacuums(conninfo)
+            sample.figures |= {"grown_megabytes": (after - before) / 1e6, "vacuums": vacuums}
+    for who in list(TABLE_SETTINGS)[1:]:
+        ratio = cell.ratio(RATE, (case, US), (case, who))
+        cell.checks.append(Check(f"rate ÷ {who}", ratio, "×"))
+
+
+def size_and_vacuums(conninfo: str) -> tuple[int, int]:
+    """Return the bytes of the messages on disk, indexes included, and how often they were vacuumed by themselves."""
+    with psycopg.connect(conninfo) as connection:
+        statement = """
+            SELECT pg_total_relation_size(relid), autovacuum_count
+            FROM pg_stat_user_tables
+            WHERE schemaname = 'broker' AND relname = 'messages'
+        """
+        row = connection.execute(statement).fetchone()
+    assert row is not None, "the table is there"
+    return row[0], row[1]
+
+
 FLAT_PLANS = (
     Plan("flat-dequeue", "dequeue of 10 with delayed, leased, expired messages and many queues", flat_dequeue, True),
     Plan("flat-backlog", "dequeue of 10, and what dashboards ask, with 10 M backlog", flat_backlog, True),
+    Plan(
+        "table-settings", "batches beside 1 M backlog, with and without what the table is set to", table_settings, True
+    ),
     Plan("old-snapshot", "an old snapshot held open while 1 M messages pass through", old_snapshot, True),
 )
