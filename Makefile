@@ -57,9 +57,14 @@ bench: $(INSTALLED_BENCH) ## Measure beside the peers that are installed, in und
 bench-flat: $(INSTALLED_BENCH) ## Measure with millions of messages, in under 45 minutes
 	@$(PY) -m benchmarks --flat --out benchmarks/results/flat.json $(ARGS)
 
+.PHONY: bench-profile
+bench-profile: $(INSTALLED_BENCH) ## Find out where the CPU time of one enqueue goes, in a minute; needs wrk
+	@$(PY) -m benchmarks.profile --out benchmarks/results/profile.json --flame docs/profile-enqueue.svg $(ARGS)
+
 .PHONY: bench-smoke
 bench-smoke: $(INSTALLED_BENCH) ## Run every benchmark for a second, so that none rots
 	@$(PY) -m benchmarks --smoke $(ARGS)
+	@$(PY) -m benchmarks.profile --seconds 1 --out /dev/null --flame /dev/null
 
 .PHONY: bench-report
 bench-report: $(INSTALLED_BENCH) ## Write docs/performance.md from what was measured

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.processes import Cluster
 from benchmarks.sql_peers import Pgmq, Procrastinate
 
-LIBRARIES = ("aiohttp", "psycopg", "uvloop", "msgspec")
+LIBRARIES = ("aiohttp", "psycopg", "uvloop", "msgspec", "py-spy")
 # How each program says its version, and what of it to keep.
 PROGRAMS = {
     "wrk": (("wrk", "-v"), r"wrk (\S+)"),

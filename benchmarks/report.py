@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks import profile
 from benchmarks.processes import MACHINE
 from benchmarks.results import US, Cell, Check, Results, figure, shares
 
@@ -36,8 +37,9 @@ more than rates: they hold on other machines, rates do not.
 METHOD = """\
 ## Method
 
-- `make bench` measures all cells but those with millions of rows, which `make bench-flat` measures; this page is
-  written from their results by `python -m benchmarks.report`. `make bench-smoke` runs every cell for a second.
+- `make bench` measures all cells but those with millions of rows, which `make bench-flat` measures; where the time
+  of a call goes is found out by `make bench-profile`. This page is written from their results by
+  `python -m benchmarks.report`. `make bench-smoke` runs all of it for a second.
 - A private PostgreSQL is started for it, the same for all that need one, with `fsync`, `synchronous_commit` and
   `full_page_writes` on. Everything else that takes part syncs what it acknowledges to the same disk.
 - Contestants take turns, A B A B A B; each is warmed up. A figure is the median of the rounds; a ratio is taken within
@@ -71,7 +73,7 @@ def main() -> int:
     given = parser.parse_args()
     runs = [Results.read(path) for path in given.files]
     if not runs or any(run.kind == "smoke" for run in runs):
-        print("Give the results of real runs: make bench, make bench-flat.", file=sys.stderr)
+        print("Give the results of real runs: make bench, make bench-flat, make bench-profile.", file=sys.stderr)
         return 1
     given.page.write_text(page(runs), "utf-8")
     plot(newest_cells(runs), given.page.with_suffix(".svg"))
@@ -91,7 +93,9 @@ def page(runs: Sequence[Results]) -> str:
     """Return the whole page."""
     cells = newest_cells(runs)
     parts = [INTRODUCTION, targets(cells), METHOD, "".join(about(run) for run in runs), "## The cells\n"]
-    parts += [section(cell, int(runs[0].machine["cores"])) for cell in cells]
+    profiles = [cell for cell in cells if cell.name.startswith(profile.NAME)]
+    parts += [section(cell, int(runs[0].machine["cores"])) for cell in cells if cell not in profiles]
+    parts += [where_time_goes(cell) for cell in profiles]
     parts.append(capacity(cells))
     return "\n".join(part.rstrip("\n") + "\n" for part in parts if part)
 
@@ -142,7 +146,7 @@ def about(run: Results) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "PostgreSQL": ", ".join(f"`{name}={value}`" for name, value in run.postgresql_settings.items()),
     }
-    return f"\n### Run: `make {'bench' if run.kind == 'bench' else 'bench-flat'}`\n\n" + markdown(
+    return f"\n### Run: `make {'bench' if run.kind == 'bench' else f'bench-{run.kind}'}`\n\n" + markdown(
         ("", ""), ([name, value] for name, value in facts.items())
     )
 
@@ -158,9 +162,7 @@ def section(cell: Cell, cores: int) -> str:
         )
     head = ["case", "who", *(name.replace("_", " ") for name in names), "CPU"]
     parts = [f"### {cell.title[0].upper()}{cell.title[1:]}\n", markdown(head, rows)]
-    if cell.failure or cell.errors:
-        errors = [cell.failure, *(f"{count} × {name}" for name, count in cell.errors.items())]
-        parts.append(f"**Invalid**: {'; '.join(filter(None, errors))}.\n")
+    parts.append(complaint(cell))
     parts += ["".join(f"- {check_line(cell, check)}\n" for check in cell.checks)]
     parts += ["".join(f"- {note}.\n" for note in cell.notes)]
     limits = [
@@ -171,6 +173,30 @@ def section(cell: Cell, cores: int) -> str:
     if cell.name in FOUND:
         parts.append(FOUND[cell.name] + "\n")
     return "\n".join(part for part in parts if part)
+
+
+def where_time_goes(cell: Cell) -> str:
+    """Return what a call costs, part by part; the flame graph lies beside the page."""
+    head, *rows = profile.table(cell)
+    parts = [
+        f"## {cell.title[0].upper()}{cell.title[1:]}\n",
+        "The CPU time of one broker process, divided by the calls that it answered, and by what it was spent on; beside"
+        " it, what a server on the same aiohttp and the same event loop pays that reads a request and answers a"
+        " constant. Waiting, for the disk most of all, takes no CPU time and is not in it.\n",
+        markdown(head, rows),
+        complaint(cell),
+        "".join(f"- {note}.\n" for note in cell.notes),
+        "The parts are those of stacks that py-spy saw, and good to about a percentage point; what C code or the system"
+        " did counts for the part that called it. [The flame graph](profile-enqueue.svg) has the functions. Measured by"
+        " `make bench-profile`; see `benchmarks/profile.py` for how.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def complaint(cell: Cell) -> str:
+    """Return why no figure of a cell counts; empty where they do."""
+    errors = [cell.failure, *(f"{count} × {name}" for name, count in cell.errors.items())]
+    return "" if cell.is_valid else f"**Invalid**: {'; '.join(filter(None, errors))}.\n"
 
 
 def check_line(cell: Cell, check: Check) -> str:

@@ -22,7 +22,7 @@ import psycopg
 import pytest
 from aiohttp import web
 
-from benchmarks import report
+from benchmarks import profile, report
 from benchmarks.__main__ import PLANS
 from benchmarks.bench import Bench, prepare
 from benchmarks.caller import Caller, SetTimes
@@ -30,6 +30,7 @@ from benchmarks.flat import QUEUE, fill
 from benchmarks.load import MissingProgram, Tally, Work, Wrk, merge, tally_of, work, write_bodies, wrk
 from benchmarks.processes import cpu_seconds
 from benchmarks.results import US, Cell, Check, Results, Sample, percentile, table
+from broker import connections
 from broker.server import Server
 from broker.settings import Settings
 
@@ -349,6 +350,114 @@ async def test_messages_put_into_the_table_are_in_the_state_that_is_meant(
     assert {name: found[name] for name in none} == none | counts
 
 
+# Where the time of a call goes
+
+# As py-spy writes them, without the frames that all stacks begin with.
+IN_UVLOOP = "run_to_end (broker/server.py:431);Runner.run (asyncio/runners.py:86)"
+IN_HANDLER = f"{IN_UVLOOP};RequestHandler.start (aiohttp/web_protocol.py:612)"
+IN_ANSWER = f"{IN_HANDLER};Connection.write_answer (broker/connections.py:379)"
+IN_METHOD = (
+    f"{IN_UVLOOP};Server._rpc (broker/server.py:362);Rpc._dispatch (broker/rpc.py:198);"
+    "call (jsonrpcserver/async_dispatcher.py:24);Methods.enqueue (broker/methods.py:67)"
+)
+IN_STATEMENT = (
+    f"{IN_UVLOOP};GroupCommit._send (broker/storage/group_commit.py:216);enqueue (broker/storage/storing.py:165);"
+    "AsyncCursor.execute (psycopg/cursor_async.py:100)"
+)
+
+
+@pytest.mark.parametrize(
+    ("stack", "part"),
+    [
+        (IN_UVLOOP, "event loop"),
+        (f"{IN_UVLOOP};Connection.data_received (broker/connections.py:285)", "HTTP: reading"),
+        (IN_HANDLER, "HTTP: connection"),
+        (IN_ANSWER, "HTTP: writing"),
+        (f"{IN_ANSWER};rfc822_formatted_time (aiohttp/helpers.py:540)", "HTTP: writing"),
+        (IN_METHOD, "the method itself"),
+        (IN_METHOD.rpartition(";")[0], "JSON-RPC: jsonrpcserver"),
+        (f"{IN_METHOD};json_text (broker/methods.py:312);WeakSet.add (_weakrefset.py:85)", "the method itself"),
+        (f"{IN_METHOD};GroupCommit.call (broker/storage/group_commit.py:113)", "gathering"),
+        (IN_STATEMENT, "psycopg"),
+        (f"{IN_STATEMENT};ArrayDumper.dump (broker/storage/binary.py:60)", "the statement's arrays"),
+        ("_run_code (<frozen runpy>:65);Thread.run (threading.py:975)", "other"),
+    ],
+)
+def test_a_stack_counts_for_the_part_of_the_innermost_frame_that_has_one(stack: str, part: str) -> None:
+    assert profile.part_of(stack.split(";")).startswith(part)
+
+
+def test_the_rules_of_the_parts_name_modules_and_functions_that_exist() -> None:
+    modules = [path.stem for path in (report.ROOT / "broker").rglob("*.py")]
+    rules = " ".join(pattern.pattern for _, pattern in profile.PARTS)
+    named = [
+        name for names in re.findall(r"broker/(?:storage/)?\(?([\w|]+)", rules) for name in names.split("|") if name
+    ]
+    assert {"rpc", "schema", "server", "group_commit", "binary"} <= set(named)
+    assert [name for name in named if not any(module.startswith(name) for module in modules)] == []
+    functions: list[tuple[Any, str]] = [
+        (connections.Connection.data_received, "HTTP: reading"),
+        (connections.read_body, "HTTP: reading"),
+        (connections.Connection.write_answer, "HTTP: writing"),
+        (connections.Connection.can_answer_in_one_piece, "HTTP: writing"),
+        (connections.JsonAnswer.to_bytes, "HTTP: writing"),
+    ]
+    for function, part in functions:
+        assert profile.part_of([f"{function.__qualname__} (broker/connections.py:1)"]).startswith(part)
+
+
+def test_what_py_spy_writes_is_read_with_blanks_in_names_and_counts() -> None:
+    raw = "main (a.py:1);<module> (b c.py:2) 17\n_run (<frozen runpy>:3) 1\n"
+    assert profile.read_stacks(raw) == [
+        (["main (a.py:1)", "<module> (b c.py:2)"], 17),
+        (["_run (<frozen runpy>:3)"], 1),
+    ]
+
+
+def test_the_parts_share_the_cost_by_how_often_they_were_seen() -> None:
+    raw = f"{IN_ANSWER} 3\n{IN_UVLOOP} 4\n{IN_ANSWER};JsonAnswer.to_bytes (a.py:1) 2\nalien (x.py:1) 1\n"
+    shares = profile.shares_of(profile.read_stacks(raw))
+    assert {part: share for part, share in shares.items() if share} == {
+        "HTTP: writing the answer": 0.5,
+        "event loop: waiting for sockets, reading them, waking tasks": 0.4,
+        profile.OTHER: 0.1,
+    }
+    parts = profile.divided(US, 80.0, shares)
+    assert {sample.case: sample.figures[profile.COST] for sample in parts}["HTTP: writing the answer"] == 40.0
+    assert sum(sample.figures[profile.COST] for sample in parts) == pytest.approx(80)
+
+
+def test_stacks_and_flame_graphs_name_no_folder_of_this_machine() -> None:
+    text = f'<text id="title" x="1">/opt/py-spy record --pid 7</text>f ({report.ROOT}/broker/rpc.py:1)'
+    text += (
+        ";g (/home/me/.venv/lib/python3.11/site-packages/aiohttp/web.py:2);h (/usr/lib/python3.11/asyncio/runners.py:3)"
+    )
+    text = profile.titled(profile.without_paths(text), "one process")
+    assert text == (
+        '<text id="title" x="1">one process</text>f (broker/rpc.py:1);g (aiohttp/web.py:2);h (asyncio/runners.py:3)'
+    )
+
+
+@pytest.mark.parametrize(
+    ("complaint", "said"),
+    [
+        ("Permission Denied: Try running again with elevated permissions", "kernel.yama.ptrace_scope=0"),
+        ("Error: Operation not permitted (os error 1)", "kernel.yama.ptrace_scope=0"),
+        ("Error: Failed to find python version\n\nCaused by: something", "Failed to find python version"),
+        ("", "it said nothing"),
+    ],
+)
+def test_where_py_spy_may_not_look_it_is_said_what_to_do(complaint: str, said: str) -> None:
+    assert said in profile.why(complaint)
+    assert "Caused by" not in profile.why(complaint)
+
+
+def test_without_py_spy_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(MissingProgram, match="pip install"):
+        profile.sampler()
+
+
 # Results and report
 
 
@@ -428,6 +537,43 @@ def test_the_page_has_every_cell_and_every_target() -> None:
         assert f"(#{report.anchor(plan.title)})" in page
 
 
+def a_profile() -> Cell:
+    cell = Cell("profile-enqueue", "where the time of one enqueue goes", notes=["64 connections"])
+    postgresql = f"{profile.POSTGRESQL} beside {US}"
+    for who, costs in ((US, (99.0, 80.0, 70.0)), (profile.CONSTANT, (30.0,)), (postgresql, (12.34,))):
+        cell.samples += [Sample(profile.WHOLE, who, n, {profile.COST: cost}) for n, cost in enumerate(costs, 1)]
+    parts = {"HTTP: writing the answer": 0.25, "gathering calls into a statement": 0.75}
+    cell.samples += profile.divided(US, 80.0, parts)
+    cell.samples += profile.divided(profile.CONSTANT, 30.0, {"HTTP: writing the answer": 1.0})
+    return cell
+
+
+def test_the_page_says_where_the_time_of_a_call_goes_if_that_was_measured(tmp_path: Path) -> None:
+    a_run([a_profile()], kind="profile").write(tmp_path / "profile.json")
+    runs = [a_run([a_cell()]), Results.read(tmp_path / "profile.json")]
+    before, _, text = report.page(runs).partition("## Where the time of one enqueue goes\n")
+    assert "### Run: `make bench-profile`" in before
+    assert [line for line in text.splitlines() if line.startswith("| ")][:6] == [
+        "| part | WonderQ, µs a call | share | constant answer, µs a call |",
+        "| --- | --- | --- | --- |",
+        "| HTTP: writing the answer | 20.0 | 25 % | 30.0 |",
+        "| gathering calls into a statement | 60.0 | 75 % |  |",
+        "| the whole call | 80.0 | 100 % | 30.0 |",
+        "| beside it: PostgreSQL, all its processes | 12.3 |  |  |",
+    ]
+    assert "- 64 connections." in text
+    assert "](profile-enqueue.svg)" in text
+    assert "**Invalid**" not in text
+    assert "Where the time of one enqueue goes" not in report.page(runs[:1])
+
+
+def test_a_profile_with_an_error_is_invalid() -> None:
+    cell = a_profile()
+    cell.samples[0].errors["refused"] = 7
+    text = report.page([a_run([a_cell()]), a_run([cell], kind="profile")])
+    assert "**Invalid**: 7 × WonderQ, the whole call: refused." in text
+
+
 def test_the_page_says_what_was_missed_and_what_is_invalid() -> None:
     missed, invalid = a_cell("single-life"), a_cell("batch-life")
     for cell in (missed, invalid):
@@ -495,5 +641,5 @@ def test_the_page_and_results_kept_here_are_those_of_each_other() -> None:
     if not files:
         pytest.skip("no results are kept")
     assert report.PAGE.read_text("utf-8") == report.page([Results.read(path) for path in files])
-    for path in files:
+    for path in (*files, *report.PAGE.parent.glob("*.svg")):
         assert not re.search(r"/(?:tmp|work|root|home|Users)/", path.read_text("utf-8"))
