@@ -24,6 +24,7 @@ from broker import draining, waiting
 from broker.model import NewMessage
 from broker.server import Server
 from broker.settings import Settings
+from broker.storage import notifications
 from broker.storage.database import Connection
 from broker.storage.notifications import CHANNEL, News
 from conftest import Broker, Connect, StartBroker
@@ -172,7 +173,7 @@ async def activity(connection: Connection) -> list[tuple[str, str]]:
 BLOCKED = """
 SELECT count(*)
 FROM pg_stat_activity
-WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%first_lane AS MATERIALIZED%'
+WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '/* dequeue%'
 """
 
 
@@ -352,14 +353,14 @@ async def test_news_are_heard_again_after_the_listening_connection_was_cut(
     parked = await park(pair[0], "default")
     cursor = await connection.execute(
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND query LIKE 'LISTEN%'"
+        " WHERE datname = current_database() AND query LIKE '/* listen%'"
     )
     assert await cursor.fetchall() == [(True,), (True,)]
     await pair[1].call("enqueue", body="while nobody listens")
     assert await seconds_until_done(parked) < 0.5 + 2 * SOON  # the pause before it connects again
     assert parked.result()[0]["body"] == "while nobody listens"
 
-    listening = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'"
+    listening = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '/* listen%'"
     async with asyncio.timeout(DEADLINE):
         while await (await connection.execute(listening)).fetchone() != (2,):
             await asyncio.sleep(0.01)
@@ -700,6 +701,31 @@ async def test_others_are_told_only_of_what_nobody_waits_for_here(
             if heard[-1].queue == "told":
                 break
     assert [(news.queue, news.messages) for news in heard] == [("waited-for", 4), ("told", 1)]
+
+
+async def test_a_broker_that_is_alone_notifies_nobody(
+    no_looks: None, database_url: str, start_broker: StartBroker, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifications, "LOOK_FOR_OTHERS_SECONDS", 0.1)
+    first = await start_broker(sweep_interval=NO_SWEEPS)
+    await until(lambda: first.server.notifications._is_alone, "it has found nobody")
+    listener = await connect()
+    await listener.execute(f"LISTEN {CHANNEL}")
+    await first.call("enqueue", body=1)
+    await first.call("purge_queue", queue="default")
+    async with Server(database_url, Settings(port=0, sweep_interval=NO_SWEEPS)) as server:
+        second = Broker(server.url, server, first.http)
+        async with asyncio.timeout(DEADLINE):
+            async for notification in listener.notifies():
+                assert json.loads(notification.payload)[1] == [], "that it is there, and no news before"
+                break
+        await until(lambda: not first.server.notifications._is_alone, "it has heard of the other")
+        await asyncio.sleep(0.3)  # it looks for others now and then, and finds one
+        for sender, receiver in ((first, second), (second, first)):
+            parked = await park(receiver, "default")
+            await sender.call("enqueue", body=2)
+            assert await seconds_until_done(parked) < SOON
+    await until(lambda: first.server.notifications._is_alone, "it is alone again")
 
 
 # -------------------------------------------------------------------------------------------------- limits and the end

@@ -83,7 +83,7 @@ CANNOT_NOW = {"57014", "57P03", "57P04", "25006", "53000", "53100", "53200", "53
 
 def one_line(statement: str) -> str:
     """Return a statement without its line breaks: psycopg remembers how to send it only up to 4096 characters."""
-    return " ".join(statement.split())
+    return " ".join(statement.split()).replace("( ", "(").replace(" )", ")")
 
 
 class LockedRows(Unavailable):

@@ -32,14 +32,16 @@ NO_HEADERS = msgspec.Raw(b"{}")
 
 # Locks: the rows it picks, and it waits for none of them (SKIP LOCKED). Two at once: each row is locked by
 # one of them and skipped by the other; a row that the other has already leased no longer lies in the past of
-# its lane when the lock is taken, so it is not picked. The scans walk the index of the lane from the low-water
-# hint on; what is delayed or leased lies behind the end of the scan. Each queue stands in the input once, so no
-# row is picked twice.
+# its lane when the lock is taken, so it is not picked. Each lane is first looked at for its first ready message,
+# whoever has locked it, from the low-water hint on; from there its rows are picked, so that what was taken but cannot
+# be removed from the index yet is walked past once. What is delayed or leased lies behind the end of the scan. Each
+# queue stands in the input once, so no row is picked twice.
 _PICK = """
 /* dequeue */
 WITH wanted AS MATERIALIZED (
     SELECT
         w.n,
+        statement_timestamp() AS now,
         q.id AS queue_id,
         q.id * 4::bigint + w.first_lane AS first_lane,
         q.id * 4::bigint + 1 - w.first_lane AS second_lane,
@@ -53,15 +55,44 @@ WITH wanted AS MATERIALIZED (
     ) WITH ORDINALITY AS w (queue, max_messages, visibility_timeout, first_lane, first_floor, second_floor, n)
     JOIN broker.queues q ON q.name = w.queue AND q.deleted_at IS NULL
 ),
+looked AS MATERIALIZED (
+    SELECT
+        w.*,
+        coalesce(
+            (
+                SELECT visible_at
+                FROM broker.messages
+                WHERE (queue_id * 4::bigint + lane) = w.first_lane AND lane >= 0
+                    AND visible_at >= w.first_floor AND visible_at <= w.now
+                    AND (expires_at IS NULL OR expires_at > w.now)
+                ORDER BY visible_at, id
+                LIMIT 1
+            ),
+            'infinity'
+        ) AS first_ready,
+        coalesce(
+            (
+                SELECT visible_at
+                FROM broker.messages
+                WHERE (queue_id * 4::bigint + lane) = w.second_lane AND lane >= 0
+                    AND visible_at >= w.second_floor AND visible_at <= w.now
+                    AND (expires_at IS NULL OR expires_at > w.now)
+                ORDER BY visible_at, id
+                LIMIT 1
+            ),
+            'infinity'
+        ) AS second_ready
+    FROM wanted w
+),
 first_lane AS MATERIALIZED (
     SELECT w.n, w.visibility_timeout, m.*
-    FROM wanted w
+    FROM looked w
     CROSS JOIN LATERAL (
         SELECT queue_id, id, visible_at, body_bytes
         FROM broker.messages
         WHERE (queue_id * 4::bigint + lane) = w.first_lane AND lane >= 0
-            AND visible_at >= w.first_floor AND visible_at <= statement_timestamp()
-            AND (expires_at IS NULL OR expires_at > statement_timestamp())
+            AND visible_at >= w.first_ready AND visible_at <= w.now
+            AND (expires_at IS NULL OR expires_at > w.now)
         ORDER BY visible_at, id
         LIMIT w.max_messages
         FOR UPDATE SKIP LOCKED
@@ -69,13 +100,13 @@ first_lane AS MATERIALIZED (
 ),
 second_lane AS MATERIALIZED (
     SELECT w.n, w.visibility_timeout, m.*
-    FROM wanted w
+    FROM looked w
     CROSS JOIN LATERAL (
         SELECT queue_id, id, visible_at, body_bytes
         FROM broker.messages
         WHERE (queue_id * 4::bigint + lane) = w.second_lane AND lane >= 0
-            AND visible_at >= w.second_floor AND visible_at <= statement_timestamp()
-            AND (expires_at IS NULL OR expires_at > statement_timestamp())
+            AND visible_at >= w.second_ready AND visible_at <= w.now
+            AND (expires_at IS NULL OR expires_at > w.now)
         ORDER BY visible_at, id
         LIMIT w.max_messages - (SELECT count(*) FROM first_lane f WHERE f.n = w.n)
         FOR UPDATE SKIP LOCKED
@@ -102,8 +133,7 @@ stamp AS MATERIALIZED (
 ),
 """
 
-# The messages, numbered in hand-out order, and for each queue a row of number 0 that says how it was looked at. For
-# the hint: the first ready message of each lane, whoever has locked it.
+# The messages, numbered in hand-out order, and for each queue a row of number 0 that says how it was looked at.
 _ANSWER = """
 )
 SELECT
@@ -118,29 +148,13 @@ SELECT
         (SELECT count(*) FROM picked) < (SELECT count(*) FROM lanes),
         (SELECT now FROM stamp),
         (SELECT now FROM stamp) + interval '1 second' * w.visibility_timeout,
-        statement_timestamp(),
+        w.now,
         pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
         pg_snapshot_xmax(pg_current_snapshot())::text::bigint,
-        (
-            SELECT visible_at
-            FROM broker.messages
-            WHERE (queue_id * 4::bigint + lane) = w.first_lane AND lane >= 0
-                AND visible_at >= w.first_floor AND visible_at <= statement_timestamp()
-                AND (expires_at IS NULL OR expires_at > statement_timestamp())
-            ORDER BY visible_at, id
-            LIMIT 1
-        ),
-        (
-            SELECT visible_at
-            FROM broker.messages
-            WHERE (queue_id * 4::bigint + lane) = w.second_lane AND lane >= 0
-                AND visible_at >= w.second_floor AND visible_at <= statement_timestamp()
-                AND (expires_at IS NULL OR expires_at > statement_timestamp())
-            ORDER BY visible_at, id
-            LIMIT 1
-        )
+        CASE WHEN w.first_ready < 'infinity' THEN w.first_ready END,
+        CASE WHEN w.second_ready < 'infinity' THEN w.second_ready END
     )
-FROM wanted w
+FROM looked w
 """
 
 # The tokens are made by the broker: gen_random_uuid() took a fifth of the statement where PostgreSQL is built
