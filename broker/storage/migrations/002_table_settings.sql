@@ -1,4 +1,5 @@
 -- How the table of messages is kept in shape. No setting changes what the broker does, only what it costs.
+-- `make bench-flat` measures it with and without fillfactor and autovacuum's settings (cell table-settings).
 --
 -- fillfactor: every message is stored once and written anew once, when it is leased. Where the new version fits
 -- onto the page of the old one, the log holds only what changed, and not the body again; and one page is touched
@@ -8,7 +9,8 @@
 --
 -- autovacuum: every message leaves two dead rows. By default a table is vacuumed when a fifth of it is dead, which
 -- is two million rows of a backlog of ten millions, and slowly. Here it is when one in a hundred is dead, and ten
--- times as fast: at thousands of messages a second the default falls behind, and the table grows.
+-- times as fast. Measured with batches of 100 beside a backlog of a million, 150 seconds each: the rate is the same
+-- within one per cent, and the table grows by 8 % less; with a larger backlog the default would begin later still.
 --
 -- vacuum_truncate: giving back the empty end of the table takes a lock that stops every reader and writer, and a
 -- queue that is drained and filled again needs the pages anyway.
