@@ -20,7 +20,7 @@ from broker.storage.storing import EnqueueCall, Stored
 FRESH_FIRST_EVERY = 8
 REMEMBERED_HAND_OUTS = 10_000
 # Bodies that fill a statement as a message more would.
-BYTES_LIKE_ONE_MESSAGE = 8192
+BYTES_LIKE_ONE_MESSAGE = 4096
 
 ExtendCall = tuple[Sequence[Lease], float]
 Watch = Callable[[str, int], None]

@@ -30,11 +30,12 @@ R = TypeVar("R")
 
 log = logging.getLogger("broker.group_commit")
 
-# Statements of one kind that may be under way at once. A second one is sent where so many messages wait that it is
-# worth a commit of its own: while PostgreSQL is at one, the broker answers the calls of the other and reads the next.
-# Or where the first one takes long.
+# Statements of one kind that may be under way at once. One does: each carries more calls then, and the disk has
+# fewer commits to wait for. A second one is sent where so many messages wait that PostgreSQL may as well work on two
+# processors, or where the first one takes long. From 24 messages on it would bring 64 clients 4 to 8 per cent more
+# calls, for a fifth more commits.
 STATEMENTS = 2
-PARALLEL_SIZE = 24
+PARALLEL_SIZE = 100
 SLOW_SECONDS = 0.02
 # Event loops count in milliseconds, so a timer may come a little early.
 CLOCK_SECONDS = 0.002
