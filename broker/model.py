@@ -98,12 +98,6 @@ def timestamp(moment: datetime) -> str:
     return moment.isoformat(timespec="microseconds")[:26] + "Z"
 
 
-def timestamp_of_text(moment: str) -> str:
-    """As `timestamp`, of what PostgreSQL writes in a session whose DateStyle is ISO and whose zone is UTC."""
-    fraction = moment[20:-3]
-    return f"{moment[:10]}T{moment[11:19]}.{fraction:0<6}Z"
-
-
 def timestamp_or_null(moment: datetime | None) -> str | None:
     """As `timestamp`; None stays None."""
     return None if moment is None else timestamp(moment)

@@ -632,38 +632,15 @@ async def test_a_client_that_hangs_up_in_a_batch_of_several_dequeues_takes_nothi
     await until_untouched(pair[0], "running")
 
 
+@pytest.mark.parametrize("next_one", [0, 1])
 async def test_a_consumer_that_hangs_up_when_it_is_woken_passes_the_wake_up_on(
-    pair: tuple[Broker, Broker], database_url: str
+    pair: tuple[Broker, Broker], next_one: int, database_url: str
 ) -> None:
     """It hangs up some turns of the event loop before it is woken or after, each time one more."""
     with psycopg.connect(database_url, autocommit=True) as inserter:
         for turns in range(-6, 10):
             client = await park_raw(pair[0], {"wait": 60})
-            parked = await park(pair[0], "default")
-            inserter.execute(INSERT, {"queue": "default", "count": 1, "body": str(turns)})
-            steps: list[Callable[[], object]] = [
-                client.close,
-                lambda: pair[0].server.waiting.hear(News("default", 0.0, 1)),
-            ]
-            first, second = steps if turns < 0 else reversed(steps)
-            first()
-            for _ in range(abs(turns)):
-                await asyncio.sleep(0)
-            second()
-            assert await seconds_until_done(parked) < SOON
-            (message,) = parked.result()
-            assert (message["body"], message["receive_count"]) == (turns, 1)
-            await pair[0].call("delete", receipt=message["receipt"])
-
-
-async def test_a_wake_up_that_nobody_here_can_use_any_more_is_news_to_the_others(
-    pair: tuple[Broker, Broker], database_url: str
-) -> None:
-    """It hangs up some turns of the event loop before it is woken or after, each time one more."""
-    with psycopg.connect(database_url, autocommit=True) as inserter:
-        for turns in range(-6, 10):
-            client = await park_raw(pair[0], {"wait": 60})
-            parked = await park(pair[1], "default")
+            parked = await park(pair[next_one], "default")
             inserter.execute(INSERT, {"queue": "default", "count": 1, "body": str(turns)})
             steps: list[Callable[[], object]] = [
                 client.close,
@@ -677,7 +654,7 @@ async def test_a_wake_up_that_nobody_here_can_use_any_more_is_news_to_the_others
             assert await seconds_until_done(parked) < SOON
             (message,) = parked.result()
             assert (message["body"], message["receive_count"]) == (turns, 1)
-            await pair[1].call("delete", receipt=message["receipt"])
+            await pair[next_one].call("delete", receipt=message["receipt"])
 
 
 async def test_others_are_told_only_of_what_nobody_waits_for_here(
