@@ -44,6 +44,9 @@ CLOSE_SECONDS = 0.5
 # The pool doubles its pauses between attempts to connect, from a second on. It is made to give up before, and then
 # asked again, so that a database that is back is found within half a second.
 RECONNECT_TIMEOUT_SECONDS = 0.25
+# What a burst needed is given back soon, one connection in so many seconds; it takes some ten milliseconds to make one
+# again, which only a call that finds all others busy waits for.
+IDLE_SECONDS = 3
 ATTEMPTS_AFTER_DEADLOCK = 3
 
 # Plans must not depend on what the table looked like when a statement was first prepared, or when it was last
@@ -156,7 +159,7 @@ class Database:
             max_size=connections,
             max_waiting=max_calls,
             timeout=request_timeout,
-            max_idle=10,
+            max_idle=IDLE_SECONDS,
             reconnect_timeout=RECONNECT_TIMEOUT_SECONDS,
             configure=configure,
             reconnect_failed=self._try_again,
