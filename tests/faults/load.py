@@ -73,6 +73,13 @@ class Load:
         """Return those that have not ended."""
         return [actor for actor in self._actors if actor.what == what and actor.process.poll() is None]
 
+    async def works(self) -> None:
+        """Return when producers have been acknowledged fifty times more: there is load, and it gets through."""
+        before = self._acknowledgements()
+        async with asyncio.timeout(PATIENCE):
+            while self._acknowledgements() < before + 50:
+                await asyncio.sleep(0.02)
+
     async def finish(self, what: str) -> None:
         """Let all of a kind finish what they have begun, and end."""
         actors = self.living(what)
@@ -96,3 +103,6 @@ class Load:
             for actor in self._actors
             if not actor.was_killed and actor.process.poll() not in (None, 0)
         ]
+
+    def _acknowledgements(self) -> int:
+        return sum(actor.history.read_bytes().count(b'"acknowledged"') for actor in self._actors)

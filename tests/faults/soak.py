@@ -122,11 +122,11 @@ async def drain(deployment: Deployment, load: Load) -> tuple[float, int]:
     """Let producers finish and consumers take all there is; return how many seconds that took, and what is left."""
     began_at = time.monotonic()
     await load.finish("produce")
-    counting = "SELECT count(*) FROM broker.messages"
+    counting = "SELECT count(*) FROM broker.messages m JOIN broker.queues q ON q.id = m.queue_id WHERE q.name = %s"
     left = -1
     while left and time.monotonic() - began_at < 10 * DRAIN_SECONDS:
         await asyncio.sleep(0.05)
-        [(left,)] = await deployment.pair.primary.query(counting)
+        [(left,)] = await deployment.pair.primary.query(counting, [QUEUE])
     drain_seconds = time.monotonic() - began_at
     await load.finish("consume")
     return drain_seconds, left
