@@ -73,7 +73,7 @@ class Setting:
 
     @property
     def is_switch(self) -> bool:
-        """Whether the flag stands alone, without a value."""
+        """Whether the flag may stand alone, without a value."""
         return self.parse is parse_switch
 
 

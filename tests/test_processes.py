@@ -112,6 +112,8 @@ async def start(folder: Path) -> AsyncIterator[Start]:
     started: list[Process] = []
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("BROKER_", "PG", "DATABASE_"))}
     kept |= {name: os.environ[name] for name in ("BROKER_PG_BIN",) if name in os.environ}
+    # The server that all tests share does without fsync.
+    kept |= {"BROKER_ALLOW_DATA_LOSS": "yes"}
 
     async def start_one(*flags: str, port: int = 0, **variables: str) -> Process:
         log = folder / f"broker-{len(started)}.log"
