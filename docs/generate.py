@@ -1,8 +1,9 @@
 """Write the reference from its sources: methods from `rpc_schema.json`, settings and outcomes from their tables.
 
 It writes docs/rpc.md below the prose that is written there by hand, the table of outcomes within docs/reliability.md,
-docs/settings.md and the Postman collection; with `--check` it writes nothing and exits 1 where a file is not what would be written. The output
-depends on the sources, never on the machine. What is to be said of one method belongs into the schema.
+docs/settings.md and the Postman collection; with `--check` it writes nothing and exits 1 where a file is not what
+would be written. The output depends on the sources, never on the machine. What is to be said of one method belongs
+into the schema.
 """
 
 import json
