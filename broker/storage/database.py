@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import select
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from broker.storage.sessions import Connection as Connection
 from broker.storage.sessions import configure, cut, deadline
 
 T = TypeVar("T")
+SPACES = re.compile(r" ?([,()=<>]) ?")
 Operation = Callable[[Connection], Awaitable[T]]
 
 log = logging.getLogger("broker.database")
@@ -56,8 +58,26 @@ STOPPED_WAITING = "SyncRepWaitForLSN"
 
 
 def one_line(statement: str) -> str:
-    """Return a statement without its line breaks: psycopg remembers how to send it only up to 4096 characters."""
-    return " ".join(statement.split()).replace("( ", "(").replace(" )", ")")
+    """Return a statement without spaces that mean nothing: psycopg remembers how to send it only up to 4096 characters.
+
+    Spaces around punctuation go, also inside quotes: a statement must not have any there.
+    """
+    return SPACES.sub(r"\1", " ".join(statement.split()))
+
+
+_CONFIRM = """
+SELECT pg_logical_emit_message(true, 'wonderq', '')
+"""
+
+
+async def confirm(connection: Connection) -> None:
+    """Wait until the standby has what was read, where there is one that commits wait for.
+
+    What this transaction saw may be committed here and not there yet. PostgreSQL lets a transaction wait for the
+    standby only if it wrote something; so it writes nothing much. To be used before an answer says that something was
+    done already.
+    """
+    await connection.execute(_CONFIRM)
 
 
 def is_lost(connection: Connection) -> bool:
