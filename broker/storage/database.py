@@ -106,7 +106,8 @@ class Database:
         max_calls: int = 10_000,
         request_timeout: float = 10.0,
     ) -> None:
-        self.conninfo = conninfo
+        # The server that was reached last is tried first.
+        self._conninfo = sessions.with_defaults(conninfo)
         self.request_timeout = request_timeout
         self.max_calls = max_calls
         self._under_way: dict[asyncio.Task[Any], _Call] = {}
@@ -123,7 +124,7 @@ class Database:
         self._reconnecting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
-            sessions.with_defaults(conninfo),
+            lambda: self._conninfo,
             connection_class=AsyncConnection[tuple[Any, ...]],
             kwargs={"autocommit": True},
             min_size=1,
@@ -173,7 +174,7 @@ class Database:
 
     async def connect(self) -> Connection:
         """Return a connection of its own, for a service; the caller closes it."""
-        connection = await sessions.connect(self.conninfo)
+        connection = await sessions.connect(self._conninfo)
         try:
             await self._configure(connection)
         except BaseException:
@@ -189,6 +190,7 @@ class Database:
         with deadline(connection, CONFIGURE_SECONDS):
             await configure(connection)
             self._has_reached(await durability.server_facts(connection))
+        self._conninfo = sessions.beginning_with(self._conninfo, connection.info.host, connection.info.port)
 
     def _has_reached(self, facts: ServerFacts) -> None:
         before, self.facts = self.facts, facts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from broker.storage.sessions import Connection, configure, connect, deadline
+from broker.storage.sessions import Connection, configure, connect, deadline, with_defaults
 
 LEVELS = ("replicated", "durable", "at_risk")
 ANSWER_SECONDS = 10.0
@@ -74,7 +74,7 @@ async def server_facts(connection: Connection) -> ServerFacts:
 
 async def facts_of(conninfo: str) -> ServerFacts:
     """Return the facts of a server that nothing is connected to yet. Raises psycopg.Error where it does not answer."""
-    async with await connect(conninfo) as connection:
+    async with await connect(with_defaults(conninfo)) as connection:
         with deadline(connection, ANSWER_SECONDS):
             await configure(connection)
             return await server_facts(connection)

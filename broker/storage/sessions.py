@@ -90,9 +90,25 @@ def with_defaults(conninfo: str) -> str:
     return make_conninfo("", **{**CONNECTION_DEFAULTS, **given, "connect_timeout": bounded})
 
 
+def beginning_with(conninfo: str, host: str, port: int) -> str:
+    """Return a connection string that tries one of its hosts first, so that a hung one before it costs no time."""
+    given = conninfo_to_dict(conninfo)
+    lists = {name: str(given[name]).split(",") for name in ("host", "hostaddr", "port") if name in given}
+    hosts = lists.get("host", lists.get("hostaddr", []))
+    ports = lists.get("port", ["5432"])
+    places = list(zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=False))
+    if (host, str(port)) not in places:
+        return conninfo
+    first = places.index((host, str(port)))
+    for name, words in lists.items():
+        if len(words) > 1:
+            given[name] = ",".join([words[first], *words[:first], *words[first + 1 :]])
+    return make_conninfo("", **given)
+
+
 async def connect(conninfo: str) -> Connection:
     """Return a new connection that is not configured. Raises psycopg.OperationalError within the time for each host."""
-    return await AsyncConnection.connect(with_defaults(conninfo), autocommit=True)
+    return await AsyncConnection.connect(conninfo, autocommit=True)
 
 
 async def configure(connection: Connection) -> None:
