@@ -195,13 +195,13 @@ async def open_database(conninfo: str, **settings: Any) -> AsyncIterator[Databas
 async def watched(breaker: Breaker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[str | None]]:
     """Let a breaker run; yield what its looks have found."""
     found: list[str | None] = []
-    look = breaker._look
+    take_note = breaker._found
 
-    async def noted(connection: Connection) -> str | None:
-        found.append(await look(connection))
-        return found[-1]
+    def noted(reason: str | None) -> None:
+        found.append(reason)
+        take_note(reason)
 
-    monkeypatch.setattr(breaker, "_look", noted)
+    monkeypatch.setattr(breaker, "_found", noted)
     running = asyncio.create_task(breaker.run())
     try:
         yield found

@@ -88,7 +88,7 @@ class Breaker:
                     while True:
                         await asyncio.sleep(self._look_every_seconds)
                         if self._has_reason():
-                            self._found(await self._look(connection))
+                            await self._look(connection)
             except psycopg.Error:
                 if self._has_reason():
                     self._found(NO_ANSWER)
@@ -97,17 +97,23 @@ class Breaker:
     def _has_reason(self) -> bool:
         return self.reason is not None or bool(self._waiting) or self._is_overdue(self._overdue_seconds)
 
-    async def _look(self, connection: Connection) -> str | None:
-        """Ask the server; return what stands in the way of a write. Raises psycopg.Error where it does not answer."""
-        with deadline(connection, LOOK_SECONDS):
-            row = await (await connection.execute(_LOOK)).fetchone()
+    async def _look(self, connection: Connection) -> None:
+        """Ask the server what stands in the way of a write. Raises psycopg.Error where it does not answer."""
+        try:
+            with deadline(connection, LOOK_SECONDS):
+                row = await (await connection.execute(_LOOK)).fetchone()
+        except psycopg.Error:
+            # By now the calls that were the reason may have been given up.
+            self._found(NO_ANSWER)
+            raise
         assert row is not None, "a select without FROM returns one row"
         is_standby, waiting = row[0], frozenset(row[1])
         is_stuck = not self._waiting.isdisjoint(waiting)
         self._waiting = waiting
         if is_standby:
-            return READ_ONLY
-        return NO_STANDBY if is_stuck else None
+            self._found(READ_ONLY)
+        else:
+            self._found(NO_STANDBY if is_stuck else None)
 
     def _found(self, reason: str | None) -> None:
         before, self.reason = self.reason, reason

@@ -175,12 +175,12 @@ class Database:
     async def connect(self) -> Connection:
         """Return a connection of its own, for a service; the caller closes it."""
         connection = await sessions.connect(self._conninfo)
+        self._services.add(connection)
         try:
             await self._configure(connection)
         except BaseException:
             await connection.close()
             raise
-        self._services.add(connection)
         return connection
 
     async def _configure(self, connection: Connection) -> None:
@@ -189,25 +189,28 @@ class Database:
         connection.add_notice_handler(state.notice)
         with deadline(connection, CONFIGURE_SECONDS):
             await configure(connection)
-            self._has_reached(await durability.server_facts(connection))
+            facts = await durability.server_facts(connection)
+        self._has_reached(facts, connection)
         self._conninfo = sessions.beginning_with(self._conninfo, connection.info.host, connection.info.port)
 
-    def _has_reached(self, facts: ServerFacts) -> None:
+    def _has_reached(self, facts: ServerFacts, connection: Connection) -> None:
         before, self.facts = self.facts, facts
         if before is None or before.durability != facts.durability:
             log.info("database postgresql=%s durability=%s", facts.version, facts.level)
             if facts.risks:
                 log.warning("ACKNOWLEDGED MESSAGES CAN BE LOST because=%s", "; ".join(facts.risks))
         if before is not None and before.started != facts.started:
-            self._has_moved()
+            self._has_moved(connection)
 
-    def _has_moved(self) -> None:
+    def _has_moved(self, newest: Connection) -> None:
         """Leave a server that is not the database any more: it may hang, and what waits for it would do so for long."""
         log.warning("the database was started again, or is another server now")
         self.lost_connections += 1
         for call in self._under_way.values():
             call.cut()
-        self.cut_services()
+        for connection in self._services:
+            if connection is not newest:
+                cut(connection)
         self._draining = asyncio.create_task(self._pool.drain())
 
     def cut_services(self) -> None:
