@@ -606,6 +606,51 @@ async def test_a_database_that_refuses_is_not_tried_again(start: Start, folder: 
         await postgres.stop()
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_a_database_that_would_lose_messages_is_refused_once_until_that_is_allowed(
+    start: Start, test_server: str, database_url: str, processes: str
+) -> None:
+    if "TEST_DATABASE_URL" in os.environ:
+        pytest.skip("whether another server would lose messages is not known")
+    broker = await start(DATABASE_URL=database_url, BROKER_PROCESSES=processes, BROKER_ALLOW_DATA_LOSS="no")
+    line = await refusal(broker)
+    assert "fsync is off; full_page_writes is off" in line
+    assert "--allow-data-loss" in line
+    broker = await start(
+        "--allow-data-loss", DATABASE_URL=database_url, BROKER_PROCESSES=processes, BROKER_ALLOW_DATA_LOSS=""
+    )
+    await broker.ready()
+    assert broker.log.count("DATA LOSS IS ALLOWED") == 1
+
+
+async def test_what_the_broker_s_own_role_has_set_counts(start: Start, folder: Path) -> None:
+    postgres = EmbeddedPostgres(folder / "durable")
+    conninfo = await postgres.start()
+
+    async def refused(*statements: str) -> str:
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            for statement in statements:
+                connection.execute(statement.encode())
+        return await refusal(await start("--database-url", conninfo, BROKER_ALLOW_DATA_LOSS="no"))
+
+    try:
+        assert "synchronous_commit is off" in await refused("ALTER ROLE wonderq SET synchronous_commit = off")
+        line = await refused(
+            "ALTER ROLE wonderq SET synchronous_commit = local",
+            "ALTER SYSTEM SET synchronous_standby_names = 'nobody'",
+            "SELECT pg_reload_conf()",
+        )
+        assert "synchronous_commit is local" in line
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            connection.execute("SELECT pg_reload_conf()")
+        broker = await start("--database-url", conninfo, BROKER_ALLOW_DATA_LOSS="no")
+        await broker.ready()
+        assert "durability=durable" in broker.log
+    finally:
+        await postgres.stop()
+
+
 async def test_a_port_that_is_in_use_is_said_in_one_line(start: Start, database_url: str, data_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
