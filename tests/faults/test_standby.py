@@ -247,6 +247,8 @@ async def test_after_a_failover_the_new_primary_is_found_without_a_restart(
         return await new.query(swept) == [(True,)]
 
     await until(is_swept)
+    found = {number for (number,) in await new.query("SELECT body::text::int FROM broker.messages")}
+    assert clients.stored - found == set(), "acknowledged and lost"
     assert "Traceback" not in broker.log
 
 
