@@ -30,6 +30,7 @@ class Cut:
     marker: bytes
     lost: Lost
     left: int
+    hangs: bool
     done: int = 0
     happened: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -92,13 +93,14 @@ class Proxy:
         for link in self._links.values():
             link.reset()
 
-    def cut(self, marker: str, *, lost: Lost = "reply", times: int = 1) -> Cut:
+    def cut(self, marker: str, *, lost: Lost = "reply", times: int = 1, hangs: bool = False) -> Cut:
         """Reset the next connection that executes a statement with `marker` in its text or its parameters.
 
         With `lost` "reply" the statement was carried out, and committed if it commits by itself, when the connection
-        is reset; with "request" it has not reached the server and never will.
+        is reset; with "request" it has not reached the server and never will. One that `hangs` is not reset: nothing
+        comes back any more.
         """
-        cut = Cut(marker.encode(), lost, times)
+        cut = Cut(marker.encode(), lost, times, hangs)
         self._cuts.append(cut)
         return cut
 
@@ -186,7 +188,7 @@ class _Link:
             for request in statements.feed(data):
                 self._cut = self._cut or self._proxy.cut_for(request)
             if self._cut is not None and self._cut.lost == "request":
-                self._finish(self._cut)
+                await self._finish(self._cut)
                 return
             server.writer.write(data)
             await server.writer.drain()
@@ -202,16 +204,18 @@ class _Link:
             # The server says that it is ready for the next statement after it has committed this one.
             end = (end + data)[-len(_READY_FOR_QUERY) :]
             if end == _READY_FOR_QUERY:
-                self._finish(self._cut)
+                await self._finish(self._cut)
                 return
         if self._cut is not None:
             self._cut.left += 1  # the server has gone before
 
-    def _finish(self, cut: Cut) -> None:
+    async def _finish(self, cut: Cut) -> None:
         self._cut = None
-        self.reset()
         cut.done += 1
         cut.happened.set()
+        if cut.hangs:
+            await asyncio.Event().wait()  # until the other side goes
+        self.reset()
 
 
 class Statements:
