@@ -77,6 +77,7 @@ async def test_every_method_can_be_called(broker: Broker) -> None:
     assert await do("delete_batch", "--receipts", both) == {"results": [{"deleted": True}] * 2}
     last = await do("enqueue", "--queue", "mail", "--body", "null")
     assert await do("delete_message", "--queue", "mail", "--message-id", last["message_id"]) == {"deleted": True}
+    assert await do("redrive", "--queue", "mail", "--max-messages", "5") == {"moved": 0, "complete": True}
     assert await do("purge_queue", "--queue", "mail") == {"purged": 0, "complete": True}
     assert await do("delete_queue", "--queue", "mail") == {"deleted_messages": 0, "complete": True}
     assert (await do("get_server"))["version"] == __version__
