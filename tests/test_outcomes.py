@@ -17,7 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.errors import lookup
 
 from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
-from broker.storage import outcomes, sessions
+from broker.storage import outcomes, queues, sessions
 from broker.storage.breaker import NO_ANSWER, NO_STANDBY, Breaker
 from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database, translate
@@ -433,3 +433,34 @@ async def test_a_sweep_is_no_exception_from_the_breaker(start_broker: StartBroke
     broker.server.database.breaker._found(NO_STANDBY)
     await until(lambda: failed._value.get() > 0)
     broker.server.database.breaker._found(None)
+
+
+# ------------------------------------------------------------------------------------------------ several transactions
+
+
+async def test_a_call_of_several_transactions_never_says_that_nothing_was_done_after_the_first(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The breaker opens after the first write."""
+    calls = Calls(database)
+    write = database.write
+
+    async def write_once(operation: Any, **options: Any) -> Any:
+        try:
+            return await write(operation, **options)
+        finally:
+            database.breaker._found(NO_STANDBY)
+
+    await database.write(lambda connection: queues.create(connection, "gone", {}))
+    for queue in ("default", "gone"):
+        await calls.enqueue(queue, new(1, 2, 3))
+    monkeypatch.setattr(database, "write", write_once)
+    assert await queues.purge(database, "default") == (3, False)
+    assert (await error_of(queues.purge(database, "default"))).outcome == "none"
+    database.breaker._found(None)
+    assert await queues.delete(database, "gone") == (0, False)
+    assert (await error_of(queues.delete(database, "gone"))).outcome == "none"
+    monkeypatch.undo()
+    database.breaker._found(None)
+    assert await queues.purge(database, "default") == (0, True)
+    assert await queues.delete(database, "gone") == (3, True)
