@@ -27,6 +27,7 @@ from pair import PATIENCE, Pair, running_pair, until
 
 # A deadline, and what a busy machine may add to the half second that is promised after it.
 LATE = 2.5
+WAITS = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 # What `--database-connections` is by default.
 DATABASE_CONNECTIONS = 8
 # How long the standby is away, after that was noticed.
