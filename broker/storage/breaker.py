@@ -29,7 +29,7 @@ OVERDUE_SECONDS = 1.0
 # From one look to the next, unless calls have less than four times as long.
 LOOK_EVERY_SECONDS = 0.5
 # A server that takes longer to say that it is well does not answer. Many times what a busy one needs.
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 3.0
 RETRY_AFTER_SECONDS = 1
 
 NO_ANSWER = "The database does not answer, and nothing is written until it does"

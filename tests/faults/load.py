@@ -74,10 +74,10 @@ class Load:
         return [actor for actor in self._actors if actor.what == what and actor.process.poll() is None]
 
     async def works(self) -> None:
-        """Return when producers have been acknowledged fifty times more: there is load, and it gets through."""
+        """Return when producers have been acknowledged twenty times more: there is load, and it gets through."""
         before = self._acknowledgements()
         async with asyncio.timeout(PATIENCE):
-            while self._acknowledgements() < before + 50:
+            while self._acknowledgements() < before + 20:
                 await asyncio.sleep(0.02)
 
     async def finish(self, what: str) -> None:
