@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from history import AnyEvent, read
-from pair import PATIENCE
+from pair import DIES_WITH_US, PATIENCE
 
 ACTORS = Path(__file__).with_name("actors.py")
 
@@ -65,7 +65,9 @@ class Load:
             words.append(str(self._lease_seconds))
         with (self._folder / f"{name}.err").open("wb") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(ACTORS), *words], stdin=subprocess.DEVNULL, stderr=errors
+                [*DIES_WITH_US, sys.executable, "-I", "-S", str(ACTORS), *words],
+                stdin=subprocess.DEVNULL,
+                stderr=errors,
             )
         self._actors.append(Actor(what, name, process, history))
 

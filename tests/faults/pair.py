@@ -28,6 +28,8 @@ PG_BIN = Path(os.environ.get("PG_BIN", "/usr/lib/postgresql/15/bin"))
 PATIENCE = 120.0
 # PostgreSQL refuses to run as root.
 ACCOUNT = "postgres"
+# Words before a command: it is killed when this process ends, however that ends.
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
@@ -286,10 +288,9 @@ def _as_account() -> list[str]:
     runuser and su stay as parents, and stop themselves when their child is stopped.
     """
     if os.geteuid() != 0:
-        return ["setpriv", "--pdeathsig", "KILL"]
+        return [*DIES_WITH_US]
     account = pwd.getpwnam(ACCOUNT)
-    ids = ("--reuid", str(account.pw_uid), "--regid", str(account.pw_gid), "--init-groups")
-    return ["setpriv", *ids, "--pdeathsig", "KILL"]
+    return [*DIES_WITH_US, "--reuid", str(account.pw_uid), "--regid", str(account.pw_gid), "--init-groups"]
 
 
 async def _run(program: str, *words: object) -> None:
