@@ -73,9 +73,19 @@ class Metrics:
             registry=self.registry,
         )
         self.enqueued = self._counter("wonderq_messages_enqueued", "Messages stored.")
+        self.duplicates = self._counter(
+            "wonderq_messages_duplicate", "Messages not stored, because their idempotency key was used before."
+        )
         self.delivered = self._counter("wonderq_messages_delivered", "Messages handed out.")
         self.deleted = self._counter("wonderq_messages_deleted", "Messages deleted by clients.")
         self.expired = self._counter("wonderq_messages_expired", "Expired messages removed.")
+        self.dead_lettered = self._counter(
+            "wonderq_messages_dead_lettered", "Messages moved to a dead-letter queue, their deliveries used up."
+        )
+        self.dropped = self._counter(
+            "wonderq_messages_dropped", "Messages removed, their deliveries used up, for want of a dead-letter queue."
+        )
+        self.redriven = self._counter("wonderq_messages_redriven", "Messages moved back out of a dead-letter queue.")
         self.ended_leases = self._counter(
             "wonderq_leases_ended", "Leases seen to end undeleted, and not taken again before they were seen."
         )

@@ -247,7 +247,7 @@ class Server:
         self.waiting = WaitingRoom(self.database, self.calls, max_waiting=settings.max_waiting_consumers)
         self.notifications = Notifications(self.database, self.waiting.hear, self.waiting.look_at_all)
         self.waiting.tell_others = self.notifications.tell
-        self.sweeper = Sweeper(self.database, self.metrics, self.waiting.hear, interval=settings.sweep_interval)
+        self.sweeper = Sweeper(self.database, self.metrics, self.waiting.tell, interval=settings.sweep_interval)
         self.limits = ConnectionLimits(
             max_body_bytes=settings.max_request_bytes, max_connections=settings.max_connections
         )

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import random
+import re
 import select
 import socket
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,7 @@ from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
 from broker.storage import binary
 
 T = TypeVar("T")
+SPACES = re.compile(r" ?([,()=<>]) ?")
 Connection = AsyncConnection[tuple[Any, ...]]
 Operation = Callable[[Connection], Awaitable[T]]
 
@@ -85,8 +87,11 @@ CANNOT_NOW = {"57014", "57P03", "57P04", "25006", "53000", "53100", "53200", "53
 
 
 def one_line(statement: str) -> str:
-    """Return a statement without its line breaks: psycopg remembers how to send it only up to 4096 characters."""
-    return " ".join(statement.split()).replace("( ", "(").replace(" )", ")")
+    """Return a statement without spaces that mean nothing: psycopg remembers how to send it only up to 4096 characters.
+
+    Spaces around punctuation go, also inside quotes: a statement must not have any there.
+    """
+    return SPACES.sub(r"\1", " ".join(statement.split()))
 
 
 class LockedRows(Unavailable):
@@ -114,6 +119,21 @@ async def configure(connection: Connection) -> None:
     connection.adapters.register_loader("json", BinaryJsonLoader)
     for name, value in SESSION_SETTINGS.items():
         await connection.execute(sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
+
+
+_CONFIRM = """
+SELECT pg_logical_emit_message(true, 'wonderq', '')
+"""
+
+
+async def confirm(connection: Connection) -> None:
+    """Wait until the standby has what was read, where there is one that commits wait for.
+
+    What this transaction saw may be committed here and not there yet. PostgreSQL lets a transaction wait for the
+    standby only if it wrote something; so it writes nothing much. To be used before an answer says that something was
+    done already.
+    """
+    await connection.execute(_CONFIRM)
 
 
 def is_lost(connection: Connection) -> bool:
