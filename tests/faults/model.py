@@ -204,7 +204,9 @@ class Model:
         """Check what `enqueue_batch` answered, or `enqueue` in its form."""
         queue = self.queues.get(name)
         if queue is None:
-            return expect_refusal(answer, {"queue_not_found"})
+            uses = {(each.key, each.body) for each in new if each.key is not None}
+            conflicts = len(uses) > len({key for key, _ in uses})
+            return expect_refusal(answer, {"queue_not_found"} | ({"idempotency_conflict"} if conflicts else set()))
         known = [self._known(queue, new[:n], each) for n, each in enumerate(new)]
         refusals = self._refusals(queue, new, known)
         if isinstance(answer, Refused):
@@ -544,9 +546,9 @@ class Model:
 
     def update_queue(self, name: str, attributes: Mapping[str, Any], answer: Any) -> None:
         queue = self.queues.get(name)
-        if queue is None:
-            return expect_refusal(answer, {"queue_not_found"})
         refusals = self._target_refusals(name, attributes.get("dead_letter_queue"))
+        if queue is None:
+            return expect_refusal(answer, {"queue_not_found"} | refusals)
         if refusals:
             return expect_refusal(answer, refusals)
         assert answer["queue"] == name, answer

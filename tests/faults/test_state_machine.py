@@ -41,7 +41,7 @@ Params = dict[str, Any]
 EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "200"))
 SEED = int(os.environ.get("STATE_MACHINE_SEED", "1"))
 STEPS = 50
-PHASES = (Phase.generate,) if os.environ.get('NOSHRINK') else (Phase.generate, Phase.shrink)
+PHASES = (Phase.generate,) if os.environ.get("NOSHRINK") else (Phase.generate, Phase.shrink)
 # Only catches a hang.
 PATIENCE = 60.0
 
@@ -246,11 +246,7 @@ ATTRIBUTES = st.lists(
     ),
     min_size=1,
     max_size=3,
-).map(
-    lambda pairs: {
-        name: value for name, value in pairs if IS_COMPLETE or name not in ("max_receives", "dead_letter_queue")
-    }
-)
+).map(dict)
 # The defaults are seconds, and would end while an example runs.
 LONG_ENOUGH: Params = {"visibility_timeout": 2, "idempotency_window": 3}
 MALFORMED = ("", "a receipt", "A" * 43)
@@ -316,13 +312,17 @@ class Contract(RuleBasedStateMachine):
         max_receives=st.sampled_from((None, 1, 2)),
         has_dead_letters=st.booleans(),
         max_messages=st.sampled_from((None, None, 4)),
+        messages=st.lists(MESSAGES, min_size=1, max_size=4),
     )
-    def begin(self, max_receives: int | None, has_dead_letters: bool, max_messages: int | None) -> None:
+    def begin(
+        self, max_receives: int | None, has_dead_letters: bool, max_messages: int | None, messages: list[New]
+    ) -> None:
         self.update(0, "default", LONG_ENOUGH)
         self.create(0, "dead", LONG_ENOUGH)
         target = "dead" if has_dead_letters else None
         limits = {"max_receives": max_receives, "dead_letter_queue": target, "max_messages": max_messages}
         self.create(1, "work", LONG_ENOUGH | limits)
+        self.enqueue_all(0, "work", messages)
 
     def create(self, broker: int, queue: str, attributes: Params) -> None:
         answer = self.call(broker, "create_queue", queue=queue, **in_seconds(attributes))
@@ -340,12 +340,15 @@ class Contract(RuleBasedStateMachine):
     def update_queue(self, broker: int, queue: str, attributes: Params) -> None:
         self.update(broker, queue, attributes)
 
-    @rule(broker=BROKERS, queue=NAMES, is_meant=st.sampled_from((False, False, True)))
-    def purge_or_delete_queue(self, broker: int, queue: str, is_meant: bool) -> None:
-        if is_meant:
-            self.model.delete_queue(queue, self.call(broker, "delete_queue", queue=queue))
-        else:
-            self.model.purge_queue(queue, self.call(broker, "purge_queue", queue=queue))
+    @rule(broker=BROKERS, queue=NAMES)
+    def purge_queue(self, broker: int, queue: str) -> None:
+        self.model.purge_queue(queue, self.call(broker, "purge_queue", queue=queue))
+
+    @rule(broker=BROKERS, queue=NAMES, comes_back=st.sampled_from((True, True, False)), attributes=ATTRIBUTES)
+    def delete_queue(self, broker: int, queue: str, comes_back: bool, attributes: Params) -> None:
+        self.model.delete_queue(queue, self.call(broker, "delete_queue", queue=queue))
+        if comes_back:
+            self.create(1 - broker, queue, LONG_ENOUGH | attributes)
 
     # Messages
 
@@ -356,6 +359,9 @@ class Contract(RuleBasedStateMachine):
 
     @rule(broker=BROKERS, queue=NAMES, messages=st.lists(MESSAGES, min_size=1, max_size=4))
     def enqueue_batch(self, broker: int, queue: str, messages: list[New]) -> None:
+        self.enqueue_all(broker, queue, messages)
+
+    def enqueue_all(self, broker: int, queue: str, messages: list[New]) -> None:
         answer = self.call(broker, "enqueue_batch", queue=queue, messages=[sent(message) for message in messages])
         self.model.enqueue(queue, messages, answer)
 
