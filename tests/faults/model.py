@@ -382,11 +382,14 @@ class Model:
             return {False}
         return {True} if message.receipt == receipt.text else {"lease_lost"}
 
-    def delete(self, receipt: Receipt, answer: bool | str) -> None:
-        permitted = self.may_delete(receipt)
-        assert answer in permitted, f"{answer} and not {permitted} for {receipt}"
-        if answer is True:
-            self._remove(receipt.message)
+    def delete(self, receipts: Sequence[Receipt], answers: Sequence[bool | str]) -> None:
+        """Check what `delete_batch` answered: as if one after the other, but what was lost before may be said to be."""
+        lost_before = [self.may_delete(receipt) & {"lease_lost"} for receipt in receipts]
+        for receipt, was_lost, answer in zip(receipts, lost_before, answers, strict=True):
+            permitted = self.may_delete(receipt) | was_lost
+            assert answer in permitted, f"{answer} and not {permitted} for {receipt}"
+            if answer is True:
+                self._remove(receipt.message)
 
     def extend(self, receipts: Collection[Receipt], visibility_timeout: int, answers: Sequence[str | None]) -> None:
         """Check what became of leases; an answer is the new `visible_at`, None for lease_lost."""

@@ -92,7 +92,7 @@ class Broker:
     """A broker that is called as its port would call it."""
 
     def __init__(self, conninfo: str) -> None:
-        self.server = Server(conninfo, Settings(database_connections=3, request_timeout=PATIENCE))
+        self.server = Server(conninfo, Settings(database_connections=2, request_timeout=PATIENCE))
 
     async def open(self) -> None:
         await self.server.database.open(PATIENCE)
@@ -100,6 +100,11 @@ class Broker:
     async def close(self) -> None:
         await self.server.waiting.settle(PATIENCE)
         await self.server.database.close()
+
+    def forget(self) -> None:
+        """Be as if just started; the connections stay, whose statements are planned already."""
+        self.server.calls.low_water.forget()
+        self.server.calls._hand_outs.clear()
 
     async def call(self, method: str, **params: Any) -> Any:
         """Call a method; return its result, or how it was refused."""
@@ -144,11 +149,14 @@ class World:
             f"UPDATE {table} SET " + ", ".join(f"{name} = {name} - interval '{{0}} seconds'" for name in names)
             for table, names, _ in columns
         )
-        tables = ", ".join(table for (table,) in self._rows(TABLES))
-        self._empty = (
-            f"TRUNCATE {tables} RESTART IDENTITY; ALTER SEQUENCE broker.message_ids RESTART;"
-            " INSERT INTO broker.queues (name) VALUES ('default'); INSERT INTO broker.sweeps DEFAULT VALUES"
+        # Not TRUNCATE, after which every statement would be planned anew.
+        self._empty = "; ".join(
+            [f"DELETE FROM {table}" for (table,) in self._rows(TABLES)]
+            + ["INSERT INTO broker.queues (name) VALUES ('default')", "INSERT INTO broker.sweeps DEFAULT VALUES"]
         )
+        self.brokers = [Broker(conninfo) for _ in range(2)]
+        for broker in self.brokers:
+            self.do(broker.open())
 
     async def _connect(self) -> psycopg.AsyncConnection[Any]:
         connection = await psycopg.AsyncConnection.connect(self.conninfo, autocommit=True)
@@ -172,22 +180,29 @@ class World:
 
     def empty(self) -> datetime:
         """Leave nothing of the example before; return the database's time."""
-        self._rows_of_none(self._empty)
+        self._run(self._empty)
+        for broker in self.brokers:
+            broker.forget()
         ((now,),) = self._rows("SELECT clock_timestamp()")
         return now  # type: ignore[no-any-return]
 
-    def pass_time(self, seconds: int, brokers: Iterable[Broker]) -> None:
+    def restart(self, broker: int) -> None:
+        self.do(self.brokers[broker].close())
+        self.brokers[broker] = Broker(self.conninfo)
+        self.do(self.brokers[broker].open())
+
+    def pass_time(self, seconds: int) -> None:
         """Let everything have happened so many seconds earlier.
 
         What brokers remember of the database's time moves with it. If it did not, they would believe that nothing
         ready lies before a time up to which, in the tables as they are now, nobody has ever looked; and if they were
         made to forget, no hint would ever outlive a lease, and a wrong one would never be found.
         """
-        self._rows_of_none(self._shift.format(seconds))
-        for broker in brokers:
+        self._run(self._shift.format(seconds))
+        for broker in self.brokers:
             _move_hints(broker.server.calls.low_water, timedelta(seconds=seconds))
 
-    def _rows_of_none(self, statements: str) -> None:
+    def _run(self, statements: str) -> None:
         async def execute() -> None:
             await self.connection.execute(statements)  # type: ignore[arg-type]
 
@@ -199,6 +214,8 @@ class World:
             self.do(sweep_once(self.connection))
 
     def close(self) -> None:
+        for broker in self.brokers:
+            self.do(broker.close())
         self.do(self.connection.close())
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
@@ -292,12 +309,8 @@ class Contract(RuleBasedStateMachine):
         super().__init__()
         self.world = world
         self.began_at = world.empty()
-        self.brokers = [Broker(world.conninfo) for _ in range(2)]
-        world.do_at_once(*(broker.open() for broker in self.brokers))
+        self.brokers = world.brokers
         self.model = Model(self.quantum_of)
-
-    def teardown(self) -> None:
-        self.world.do_at_once(*(broker.close() for broker in self.brokers))
 
     def quantum_of(self, shown: str) -> int:
         since = (datetime.fromisoformat(shown) - self.began_at).total_seconds()
@@ -428,7 +441,7 @@ class Contract(RuleBasedStateMachine):
     def delete(self, broker: int, pick: int) -> None:
         for receipt in self.receipts([pick]):
             answer = self.call(broker, "delete", receipt=receipt.text)
-            self.model.delete(receipt, answer.type if isinstance(answer, Refused) else answer["deleted"])
+            self.model.delete([receipt], [answer.type if isinstance(answer, Refused) else answer["deleted"]])
 
     @rule(broker=BROKERS, picks=st.lists(PICKS, min_size=1, max_size=4), malformed=st.sampled_from(MALFORMED))
     def delete_batch(self, broker: int, picks: list[int], malformed: str) -> None:
@@ -436,8 +449,8 @@ class Contract(RuleBasedStateMachine):
         texts = [receipt.text for receipt in receipts]
         *results, last = self.call(broker, "delete_batch", receipts=[*texts, malformed])["results"]
         assert last["error"]["code"] == 1010
-        for receipt, result in zip(receipts, results, strict=True):
-            self.model.delete(receipt, result["error"]["data"]["type"] if "error" in result else result["deleted"])
+        answers = [each["error"]["data"]["type"] if "error" in each else each["deleted"] for each in results]
+        self.model.delete(receipts, answers)
 
     @rule(broker=BROKERS, pick=PICKS, method=st.sampled_from(("delete", "extend_visibility")))
     def guess_a_receipt(self, broker: int, pick: int, method: str) -> None:
@@ -538,7 +551,7 @@ class Contract(RuleBasedStateMachine):
 
     @rule(quanta=st.sampled_from((1, 1, 1, 2, 4)))
     def time_passes(self, quanta: int) -> None:
-        self.world.pass_time(quanta * QUANTUM_SECONDS, self.brokers)
+        self.world.pass_time(quanta * QUANTUM_SECONDS)
         self.model.pass_time(quanta)
 
     @rule()
@@ -548,9 +561,7 @@ class Contract(RuleBasedStateMachine):
 
     @rule(broker=BROKERS)
     def restart(self, broker: int) -> None:
-        self.world.do(self.brokers[broker].close())
-        self.brokers[broker] = Broker(self.world.conninfo)
-        self.world.do(self.brokers[broker].open())
+        self.world.restart(broker)
         self.model.broker_restarted(broker)
 
     # What always holds
