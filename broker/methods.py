@@ -84,9 +84,7 @@ class Methods:
             try:
                 where = f"messages[{index}].headers"
                 new.append(
-                    new_message(
-                        each.body, each.headers, each.sender, each.delay, each.ttl, each.idempotency_key, where
-                    )
+                    new_message(each.body, each.headers, each.sender, each.delay, each.ttl, each.idempotency_key, where)
                 )
             except InvalidParams as error:
                 raise error.with_data(index=index) from None

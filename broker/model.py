@@ -10,7 +10,6 @@ import struct
 from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64, crc32
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import msgspec
 

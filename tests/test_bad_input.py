@@ -632,18 +632,6 @@ async def test_positional_params_are_refused_by_every_method(standing_broker: Br
         assert json.loads(answer)["error"]["code"] == -32602
 
 
-async def test_what_is_not_supported_yet_is_refused(standing_broker: Broker) -> None:
-    for method, params in (
-        ("enqueue", {"body": 1, "idempotency_key": "k"}),
-        ("create_queue", {"queue": "q", "max_receives": 5}),
-        ("create_queue", {"queue": "q", "dead_letter_queue": "default"}),
-        ("update_queue", {"queue": "default", "max_receives": 5}),
-        ("update_queue", {"queue": "default", "dead_letter_queue": "other"}),
-    ):
-        assert (await standing_broker.error(method, **params))["code"] == -32602
-    await standing_broker.call("update_queue", queue="default", max_receives=None, dead_letter_queue=None)
-
-
 async def test_an_update_that_names_nothing_to_change_is_refused(standing_broker: Broker) -> None:
     error = await standing_broker.error("update_message", queue="default", message_id="x")
     assert error["code"] == -32602

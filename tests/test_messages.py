@@ -648,18 +648,6 @@ async def test_an_update_changes_what_it_names_and_null_clears(broker: Broker) -
     assert await error_type(broker, "update_queue", queue="nowhere", delay=1) == "queue_not_found"
 
 
-async def test_what_is_not_there_yet_is_refused(broker: Broker) -> None:
-    for method, params in (
-        ("create_queue", {"max_receives": 3}),
-        ("create_queue", {"dead_letter_queue": "default"}),
-        ("update_queue", {"max_receives": 3}),
-        ("update_queue", {"dead_letter_queue": "default"}),
-        ("enqueue", {"body": 1, "idempotency_key": "k"}),
-        ("enqueue_batch", {"messages": [{"body": 1, "idempotency_key": "k"}]}),
-    ):
-        assert (await broker.error(method, queue="default", **params))["code"] == -32602
-
-
 async def test_a_body_may_be_as_long_as_its_queue_says(broker: Broker) -> None:
     await broker.call("create_queue", queue="q", max_message_bytes=10)
     await send(broker, "x" * 8, queue="q")

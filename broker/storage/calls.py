@@ -81,7 +81,7 @@ class Calls:
 
         Raises QueueNotFound, MessageTooLarge, QueueFull and IdempotencyConflict, whose `index` names the message.
         """
-        has_keys = any([message.idempotency_key is not None for message in new])
+        has_keys = any(message.idempotency_key is not None for message in new)
         size = len(new) + sum([len(message.body) for message in new]) // BYTES_LIKE_ONE_MESSAGE
         return await self._enqueue.call(EnqueueCall(queue, new, has_keys), line=queue, size=size)
 
@@ -172,7 +172,7 @@ async def _enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list
     """
     results: list[Stored | BrokerError | Again] = []
     refused: set[str] = set()
-    store = idempotency.enqueue if any([call.has_keys for call in calls]) else storing.enqueue
+    store = idempotency.enqueue if any(call.has_keys for call in calls) else storing.enqueue
     for call, result in zip(calls, await store(connection, calls), strict=True):
         results.append(AGAIN if isinstance(result, QueueFull) and call.queue in refused else result)
         if isinstance(result, BrokerError):

@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from broker.errors import BrokerError, InvalidParams, QueueNotFound
 from broker.storage.database import Connection, Database
@@ -255,38 +257,46 @@ async def redrive(database: Database, queue: str, to: str | None, max_messages: 
     """
     if to == queue:
         raise InvalidParams(reason="`to` must be another queue than `queue`.", param="to", given=to)
-    row = await database.read(lambda connection: _one(connection, _BOUNDS, {"queue": queue}))
+    row = await database.read(lambda connection: _first_row(connection, _BOUNDS, {"queue": queue}))
     if row is None:
         raise QueueNotFound(queue=queue)
-    if to is not None and await database.read(lambda connection: _one(connection, _EXISTS, {"queue": to})) is None:
-        raise QueueNotFound(queue=to)
-    params = {"queue_id": row[0], "newest": row[1], "after": -1, "to": to}
+    if to is not None:
+        target = await database.read(lambda connection: _first_row(connection, _EXISTS, {"queue": to}))
+        if target is None:
+            raise QueueNotFound(queue=to)
+    queue_id, newest = row
     stop_at = time.monotonic() + database.request_timeout * 0.6
     moved: Counter[str] = Counter()
-    left = 2**63 if max_messages is None else max_messages
-    while left and time.monotonic() < stop_at:
-        batch = min(left, REDRIVE_BATCH)
+    after = -1
+    while time.monotonic() < stop_at:
+        batch = REDRIVE_BATCH if max_messages is None else min(REDRIVE_BATCH, max_messages - moved.total())
+        if not batch:
+            break
+        work = partial(redrive_batch, queue_id=queue_id, to=to, batch=batch, after=after, newest=newest)
         try:
-            rows = await database.write(lambda connection: _all(connection, _REDRIVE, {**params, "batch": batch}))  # noqa: B023
+            batch_moved, after = await database.write(work)
         except BrokerError as error:
             # What is committed is counted, or a repeated call would not say how many there were.
             if moved and error.retryable:
                 break
             raise
-        if not rows:
+        if not batch_moved:
             break
-        for target, messages, newest in rows:
-            moved[target] += messages
-            left -= messages
-            params["after"] = max(params["after"], newest)
-    params["after"] = -1  # also what somebody had locked for a moment
-    more = await database.read(lambda connection: _one(connection, _HAS_MORE, params))
+        moved.update(batch_moved)
+    params = {"queue_id": queue_id, "to": to, "after": -1, "newest": newest}  # from -1: what was locked for a moment
+    more = await database.read(lambda connection: _first_row(connection, _HAS_MORE, params))
     return Redriven(moved, complete=more == (False,))
 
 
-async def _one(connection: Connection, statement: str, params: Mapping[str, object]) -> tuple[object, ...] | None:
+async def redrive_batch(
+    connection: Connection, queue_id: int, to: str | None, batch: int, after: int = -1, newest: int = 2**63 - 1
+) -> tuple[Counter[str], int]:
+    """Move up to `batch` dead letters; return how many, by the queue that they are in now, and the last one's id."""
+    params = {"queue_id": queue_id, "to": to, "batch": batch, "after": after, "newest": newest}
+    rows = await (await connection.execute(_REDRIVE, params)).fetchall()
+    moved = Counter({target: messages for target, messages, _ in rows})
+    return moved, max((last for *_, last in rows), default=after)
+
+
+async def _first_row(connection: Connection, statement: str, params: Mapping[str, Any]) -> tuple[Any, ...] | None:
     return await (await connection.execute(statement, params)).fetchone()
-
-
-async def _all(connection: Connection, statement: str, params: Mapping[str, object]) -> list[tuple[str, int, int]]:
-    return await (await connection.execute(statement, params)).fetchall()

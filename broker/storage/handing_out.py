@@ -142,7 +142,8 @@ stamp AS MATERIALIZED (
 _ANSWER = """
 )
 SELECT
-    position, n, id, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at, dead_letter
+    position, n, id, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at,
+    dead_letter
 FROM taken
 UNION ALL
 SELECT

@@ -183,7 +183,7 @@ class _Distinct(NamedTuple):
     hashes: list[bytes | None]
     places: list[int]
 
-    def keys(self) -> list[tuple[str, str]]:
+    def uses(self) -> list[tuple[str, str]]:
         return [(self.call.queue, m.idempotency_key) for m in self.call.messages if m.idempotency_key is not None]
 
 
@@ -202,9 +202,9 @@ async def enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list[
         if isinstance(distinct, BrokerError):
             results[number] = distinct
             continue
-        leaders = {first_uses[key] for key in distinct.keys() if key in first_uses}
+        leaders = {first_uses[key] for key in distinct.uses() if key in first_uses}
         if not leaders:
-            first_uses.update(dict.fromkeys(distinct.keys(), number))
+            first_uses.update(dict.fromkeys(distinct.uses(), number))
             sent[number] = distinct
         elif all(len(sent[leader].hashes) == 1 and sent[leader].hashes == distinct.hashes for leader in leaders):
             followers.append((number, leaders.pop()))

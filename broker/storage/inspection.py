@@ -79,7 +79,9 @@ ORDER BY p.id
 
 
 def _stored_message(queue: str, row: tuple[Any, ...]) -> StoredMessage:
-    (number, body, headers, sender, receive_count, enqueued, first_received, visible, expires, dead_letter, status) = row
+    (number, body, headers, sender, receive_count, enqueued, first_received, visible, expires, dead_letter, status) = (
+        row
+    )
     return StoredMessage(
         message_id=message_id_of(number),
         queue=queue,

@@ -77,7 +77,7 @@ FROM (
 async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool | BrokerError]:
     """Delete the messages of these leases; return True, False where it is already gone, or LeaseLost.
 
-    A lease that stands in the list again is False there: its first mention has deleted the message.
+    Where a lease stands in the list again its message is gone by its first mention, or the lease is as lost.
     """
     first_mention = {lease: n for n, lease in reversed(list(enumerate(leases)))}
     results: list[bool | BrokerError] = [False] * len(leases)
@@ -103,6 +103,11 @@ async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool |
         for lease in lost:
             results[first_mention[lease]] = LeaseLost()
         undecided = raced
+    if len(first_mention) < len(leases):
+        for n, lease in enumerate(leases):
+            first = results[first_mention[lease]]
+            if isinstance(first, BrokerError):
+                results[n] = first
     return results
 
 

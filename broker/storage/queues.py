@@ -191,7 +191,9 @@ async def update(connection: Connection, queue: str, attributes: Mapping[str, An
         if "dead_letter_queue" in named:
             named["dead_letter_queue_id"] = await _lock_target(connection, queue, named)
             del named["dead_letter_queue"]
-        changes = [sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in named]
+        changes: list[sql.Composable] = [
+            sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in named
+        ]
         if "max_receives" in named:
             changes.append(sql.SQL(_LOWERED))
         statement = sql.SQL(_UPDATE).format(changes=sql.SQL(", ").join(changes))
