@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import psycopg
 import pytest
-from steps import Case, interleavings, play
 
 from broker.errors import BrokerError
 from broker.model import Lease, NewMessage, message_number_of
@@ -23,6 +22,7 @@ from broker.storage.database import Connection, Database, configure
 from broker.storage.group_commit import AGAIN
 from broker.storage.handing_out import Wanted
 from broker.storage.storing import EnqueueCall, Stored
+from steps import Case, interleavings, play
 
 T = TypeVar("T")
 

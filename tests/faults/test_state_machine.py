@@ -26,7 +26,6 @@ import uvloop
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from model import QUANTUM_SECONDS, TIMES, Message, Model, New, Queue, Receipt, Refused, Shown
 
 from broker.model import Lease, lease_of, receipt_of
 from broker.server import Server
@@ -34,6 +33,7 @@ from broker.settings import Settings
 from broker.storage.database import configure
 from broker.storage.low_water import Floors, LowWater
 from broker.sweeper import sweep_once
+from model import QUANTUM_SECONDS, TIMES, Message, Model, New, Queue, Receipt, Refused, Shown
 
 T = TypeVar("T")
 Params = dict[str, Any]
@@ -41,7 +41,6 @@ Params = dict[str, Any]
 EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "200"))
 SEED = int(os.environ.get("STATE_MACHINE_SEED", "1"))
 STEPS = 50
-PHASES = (Phase.generate,) if os.environ.get("NOSHRINK") else (Phase.generate, Phase.shrink)
 # Only catches a hang.
 PATIENCE = 60.0
 
@@ -165,7 +164,7 @@ class World:
 
     def _rows(self, statement: str) -> list[Any]:
         async def fetch() -> list[Any]:
-            return await (await self.connection.execute(statement)).fetchall()  # type: ignore[arg-type]
+            return await (await self.connection.execute(statement)).fetchall()
 
         return self.do(fetch())
 
@@ -204,7 +203,7 @@ class World:
 
     def _run(self, statements: str) -> None:
         async def execute() -> None:
-            await self.connection.execute(statements)  # type: ignore[arg-type]
+            await self.connection.execute(statements)
 
         self.do(execute())
 
@@ -601,7 +600,7 @@ def test_whatever_clients_do_the_contract_holds(world: World) -> None:
         deadline=None,
         database=None,
         report_multiple_bugs=False,
-        phases=PHASES,
+        phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
     # A class made here, so that the seed stays with it.
