@@ -502,6 +502,8 @@ async def connections(database_url: str) -> AsyncIterator[list[Connection]]:
         for _ in range(4):
             connection: Connection = await psycopg.AsyncConnection.connect(database_url, autocommit=True)
             await configure(connection)
+            # A machine that is slow to take the next step is no fault.
+            await connection.execute("SET idle_in_transaction_session_timeout = 0")
             made.append(await stack.enter_async_context(connection))
         yield made
 
