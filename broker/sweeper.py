@@ -12,8 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import psycopg
-
+from broker.errors import BrokerError
 from broker.metrics import Metrics
 from broker.storage import dead_letters, sweeps
 from broker.storage.database import Connection, Database
@@ -24,6 +23,8 @@ log = logging.getLogger("broker.sweeper")
 
 # Messages that one transaction removes. While there are more, the next sweep begins at once.
 BATCH_SIZE = 1_000
+# What one sweep may take, unless calls may take longer.
+SWEEP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ async def sweep_once(connection: Connection, batch_size: int = BATCH_SIZE) -> Sw
 
 
 class Sweeper:
-    """Sweeps every `interval` seconds on a connection of its own."""
+    """Sweeps every `interval` seconds."""
 
     def __init__(
         self, database: Database, metrics: Metrics, tell: Callable[[News], object], *, interval: float
@@ -78,18 +79,22 @@ class Sweeper:
         self._interval = interval
 
     async def run(self) -> None:
-        """Sweep until cancelled, connecting anew after every failure."""
+        """Sweep until cancelled, and again after every failure.
+
+        A sweep is a write like any other: it has a deadline, and there is none while the breaker is open.
+        """
+        timeout = max(SWEEP_SECONDS, self._database.request_timeout)
         while True:
+            is_filled = False
             try:
-                async with await self._database.connect() as connection:
-                    while True:
-                        swept = await sweep_once(connection)
-                        self._report(swept)
-                        await asyncio.sleep(0 if swept.filled(BATCH_SIZE) else self._interval)
-            except psycopg.Error as error:
+                swept = await self._database.write(sweep_once, timeout=timeout)
+            except BrokerError as error:
                 self._metrics.sweeps.labels("failed").inc()
-                log.warning("sweep failed error=%s sqlstate=%s", type(error).__name__, error.sqlstate)
-            await asyncio.sleep(self._interval)
+                log.warning("sweep failed reason=%s", error.message)
+            else:
+                self._report(swept)
+                is_filled = swept.filled(BATCH_SIZE)
+            await asyncio.sleep(0 if is_filled else self._interval)
 
     def _report(self, swept: Swept) -> None:
         self._metrics.sweeps.labels("done").inc()

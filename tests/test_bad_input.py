@@ -888,6 +888,12 @@ async def message_leased(world: World) -> Json:
     return await broker.error("delete_message", queue="default", message_id=message["message_id"])
 
 
+async def idempotency_conflict(world: World) -> Json:
+    broker = await world.broker()
+    await broker.call("enqueue", body=1, idempotency_key="k")
+    return await broker.error("enqueue", body=2, idempotency_key="k")
+
+
 async def invalid_receipt(world: World) -> Json:
     broker = await world.broker()
     receipt = (await world.lease(broker))["receipt"]
@@ -935,6 +941,7 @@ ERRORS = {
         message_too_large, False, "send less, or raise max_message_bytes", {"limit": 4096, "given": 4097}
     ),
     "message_leased": Expected(message_leased, True, "name the receipt", {}),
+    "idempotency_conflict": Expected(idempotency_conflict, False, "a key of its own", {"key": "k"}),
     "invalid_receipt": Expected(invalid_receipt, False, "unchanged", {}),
     "queue_in_use": Expected(queue_in_use, False, "purge_queue", {"queue": "default"}),
     "queue_full": Expected(queue_full, True, "wait until", {"queue": "small", "limit": 2}),

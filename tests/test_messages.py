@@ -17,7 +17,7 @@ from psycopg import sql
 from broker.errors import InvalidReceipt
 from broker.model import NewMessage, lease_of, receipt_of, timestamp
 from broker.storage import handing_out, inspection, leases, low_water, storing
-from broker.storage.database import Connection, configure
+from broker.storage.sessions import Connection, configure
 from broker.storage.storing import EnqueueCall, Stored
 from conftest import Broker, Connect, StartBroker, dequeue
 
