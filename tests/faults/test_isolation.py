@@ -18,9 +18,10 @@ import pytest
 from broker.errors import BrokerError
 from broker.model import Lease, NewMessage, message_number_of
 from broker.storage import dead_letters, handing_out, idempotency, inspection, leases, queues, sweeps
-from broker.storage.database import Connection, Database, configure
+from broker.storage.database import Connection, Database
 from broker.storage.group_commit import AGAIN
 from broker.storage.handing_out import Wanted
+from broker.storage.sessions import configure
 from broker.storage.storing import EnqueueCall, Stored
 from steps import Case, interleavings, play
 

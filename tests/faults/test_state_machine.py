@@ -30,8 +30,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from broker.model import Lease, lease_of, receipt_of
 from broker.server import Server
 from broker.settings import Settings
-from broker.storage.database import configure
 from broker.storage.low_water import Floors, LowWater
+from broker.storage.sessions import configure
 from broker.sweeper import sweep_once
 from model import QUANTUM_SECONDS, TIMES, Message, Model, New, Queue, Receipt, Refused, Shown
 
