@@ -80,6 +80,11 @@ class Breaker:
             return None
         return BY_MOMENT[Moment.BREAKER_IS_OPEN].error(reason=self.reason, retry_after=RETRY_AFTER_SECONDS)
 
+    def has_answered(self) -> None:
+        """Take note that the server has taken a new connection: it answers."""
+        if self.reason == NO_ANSWER:
+            self._found(None)
+
     async def run(self) -> None:
         """Look whenever there is a reason to, until cancelled."""
         while True:

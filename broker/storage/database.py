@@ -205,6 +205,7 @@ class Database:
             log.info("database postgresql=%s durability=%s", facts.version, facts.level)
             if facts.risks:
                 log.warning("ACKNOWLEDGED MESSAGES CAN BE LOST because=%s", "; ".join(facts.risks))
+        self.breaker.has_answered()
         if before is not None and before.started != facts.started:
             self._has_moved(connection)
 
