@@ -46,7 +46,7 @@ class OneConnection:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def write(self, operation: Callable[[Connection], Awaitable[T]]) -> T:
+    async def write(self, operation: Callable[[Connection], Awaitable[T]], timeout: float | None = None) -> T:
         return await operation(self._connection)
 
     read = write

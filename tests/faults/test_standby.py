@@ -113,7 +113,7 @@ async def test_a_commit_that_no_standby_has_confirmed_is_never_answered_with_a_r
 ) -> None:
     """Somebody ends the wait: PostgreSQL has committed, and says so, with a notice beside."""
     async with opened(pair.primary.conninfo, connections=3, request_timeout=PATIENCE) as database:
-        for _ in range(8 if is_prepared else 0):  # psycopg prepares a statement after five uses
+        for _ in range(8 if is_prepared else 1):  # psycopg prepares a statement after five uses
             await write_all(write, database)
         pair.standby.pause()
         writing = asyncio.create_task(error_of(write(database)))
