@@ -5,7 +5,7 @@
 PYTHON ?=
 # More for the program that is run: make test ARGS='-x -k lease'
 ARGS ?=
-# The PostgreSQL that test-postgresql uses.
+# The PostgreSQL that test-postgresql, test-faults and soak use.
 PG_BIN ?= /usr/lib/postgresql/15/bin
 # Tests that are not about what a database does; test-postgresql leaves them out.
 NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,benchmarks cli client connections docs examples packaging readme rpc schema \
@@ -48,6 +48,14 @@ test: $(INSTALLED) ## Run the tests
 test-postgresql: $(INSTALLED) ## Run those with SQL on another PostgreSQL (PG_BIN, default Debian's 15)
 	@$(PG_BIN)/postgres --version
 	@BROKER_PG_BIN=$(PG_BIN) $(PY) -m pytest $(NOT_ABOUT_SQL:%=--ignore=%) $(ARGS)
+
+.PHONY: test-faults
+test-faults: $(INSTALLED) ## Run the tests that kill, hang and cut off brokers, clients and PostgreSQL (PG_BIN), in five minutes
+	@PG_BIN=$(PG_BIN) $(PY) -m pytest tests/faults $(ARGS)
+
+.PHONY: soak
+soak: $(INSTALLED) ## Let random faults happen for as long as asked: make soak ARGS='--seed 7 --faults 50'
+	@PG_BIN=$(PG_BIN) $(PY) tests/faults/soak.py $(ARGS)
 
 .PHONY: bench
 bench: $(INSTALLED_BENCH) ## Measure beside the peers that are installed, in under ten minutes; needs wrk

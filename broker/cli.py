@@ -57,12 +57,16 @@ def option(name: str, about: Setting, default: Any) -> Callable[[Callable[..., N
     """Return the click option of one setting. What is given is read by `read_settings`, wherever it stood."""
     shown = about.shown_default if about.shown_default is not None else default
     unit = f" {about.unit}" if about.unit and about.shown_default is None else ""
+    metavar = "|".join(about.choices) or about.parse.__name__.upper().replace("PARSE_", "")
+    # A switch alone means yes.
+    alone: dict[str, Any] = {"is_flag": False, "flag_value": "yes"} if about.is_switch else {}
     return click.option(
         about.flag,
         name,
         multiple=about.repeatable,
-        metavar="|".join(about.choices) or about.parse.__name__.upper().replace("PARSE_", ""),
+        metavar="[yes|no]" if about.is_switch else metavar,
         help=f"{about.help}  [{about.variable}; default: {shown}{unit}]",
+        **alone,
     )
 
 
@@ -90,6 +94,8 @@ def read_value(about: Setting, source: str, text: str) -> Any:
         limit = f"one of {', '.join(about.choices)}"
     elif about.minimum is not None and about.maximum is not None:
         limit = f"a number from {about.minimum:,.12g} to {about.maximum:,.12g} {about.unit}".strip()
+    elif about.is_switch:
+        limit = "yes or no"
     else:
         limit = "a value that can be read, and not empty"
     try:

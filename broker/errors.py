@@ -144,6 +144,13 @@ class MessageLeased(BrokerError):
     retryable = True
 
 
+class IdempotencyConflict(BrokerError):
+    """The idempotency_key {key} was used for another body on this queue; send a key of its own with each message."""
+
+    code = 1007
+    type = "idempotency_conflict"
+
+
 class InvalidReceipt(BrokerError):
     """This is not a receipt that this broker makes; use the receipt of a message from dequeue, unchanged."""
 

@@ -30,7 +30,7 @@ from broker.model import (
 )
 from broker.rpc import Call, Method
 from broker.settings import Settings
-from broker.storage import counting, durability, inspection, leases, queues
+from broker.storage import counting, dead_letters, durability, inspection, leases, queues
 from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.notifications import News
@@ -73,24 +73,30 @@ class Methods:
         sender: str | None,
         delay: float | None,
         ttl: float | None,
-        idempotency_key: None,
+        idempotency_key: str | None,
     ) -> dict[str, Any]:
-        stored = await self._store(queue, [new_message(body, headers, sender, delay, ttl)])
-        return _enqueued(stored.ids[0])
+        stored = await self._store(queue, [new_message(body, headers, sender, delay, ttl, idempotency_key)])
+        return _enqueued(stored.ids[0], is_duplicate=bool(stored.duplicates))
 
     async def enqueue_batch(self, call: Call, queue: str, messages: Sequence[Any]) -> dict[str, Any]:
         new = []
         for index, each in enumerate(messages):
             try:
                 where = f"messages[{index}].headers"
-                new.append(new_message(each.body, each.headers, each.sender, each.delay, each.ttl, where))
+                new.append(
+                    new_message(each.body, each.headers, each.sender, each.delay, each.ttl, each.idempotency_key, where)
+                )
             except InvalidParams as error:
                 raise error.with_data(index=index) from None
         try:
             stored = await self._store(queue, new)
         except BrokerError as error:
             raise error.with_data(index=error.index) if error.index is not None else error from None
-        return {"messages": [_enqueued(number) for number in stored.ids]}
+        return {
+            "messages": [
+                _enqueued(number, is_duplicate=place in stored.duplicates) for place, number in enumerate(stored.ids)
+            ]
+        }
 
     async def _store(self, queue: str, new: Sequence[NewMessage]) -> Stored:
         stored = await self.calls.enqueue(queue, new)
@@ -99,8 +105,12 @@ class Methods:
 
     def stored(self, queue: str, stored: Stored) -> None:
         """Count messages that were stored, and let those know who wait for them."""
-        self.metrics.enqueued.inc(len(stored.ids))
-        self.waiting.tell(News(queue, stored.shortest_delay, len(stored.ids)))
+        new = len(stored.ids) - len(stored.duplicates)
+        self.metrics.enqueued.inc(new)
+        if stored.duplicates:
+            self.metrics.duplicates.inc(len(stored.duplicates))
+        if new:
+            self.waiting.tell(News(queue, stored.shortest_delay, new))
 
     async def dequeue(
         self,
@@ -275,6 +285,14 @@ class Methods:
         self.metrics.deleted.inc(deleted)
         return {"deleted": deleted}
 
+    async def redrive(self, call: Call, queue: str, to: str | None, max_messages: int | None) -> dict[str, Any]:
+        redriven = await dead_letters.redrive(self.database, queue, to, max_messages)
+        moved = sum(redriven.moved.values())
+        self.metrics.redriven.inc(moved)
+        for target, messages in redriven.moved.items():
+            self.waiting.tell(News(target, 0.0, messages))
+        return {"moved": moved, "complete": redriven.complete}
+
     async def get_server(self, call: Call) -> dict[str, Any]:
         facts = await self.database.read(durability.server_facts)
         return {
@@ -303,10 +321,11 @@ def new_message(
     sender: str | None,
     delay: float | None,
     ttl: float | None,
+    idempotency_key: str | None = None,
     where: str = "headers",
 ) -> NewMessage:
     """Return what is stored for a message as a client sent it. Raises InvalidParams."""
-    return NewMessage(json_text(body), header_text(headers, where), sender, delay, ttl)
+    return NewMessage(json_text(body), header_text(headers, where), sender, delay, ttl, idempotency_key)
 
 
 def json_text(body: Raw) -> str:
@@ -329,5 +348,5 @@ def header_text(headers: dict[str, str], where: str = "headers") -> str | None:
     return msgspec.json.encode(headers).decode()
 
 
-def _enqueued(number: int) -> dict[str, Any]:
-    return {"message_id": message_id_of(number), "duplicate": False}
+def _enqueued(number: int, *, is_duplicate: bool) -> dict[str, Any]:
+    return {"message_id": message_id_of(number), "duplicate": is_duplicate}

@@ -73,23 +73,37 @@ class Metrics:
             registry=self.registry,
         )
         self.enqueued = self._counter("wonderq_messages_enqueued", "Messages stored.")
+        self.duplicates = self._counter(
+            "wonderq_messages_duplicate", "Messages not stored, because their idempotency key was used before."
+        )
         self.delivered = self._counter("wonderq_messages_delivered", "Messages handed out.")
         self.deleted = self._counter("wonderq_messages_deleted", "Messages deleted by clients.")
         self.expired = self._counter("wonderq_messages_expired", "Expired messages removed.")
+        self.dead_lettered = self._counter(
+            "wonderq_messages_dead_lettered", "Messages moved to a dead-letter queue, their deliveries used up."
+        )
+        self.dropped = self._counter(
+            "wonderq_messages_dropped", "Messages removed, their deliveries used up, for want of a dead-letter queue."
+        )
+        self.redriven = self._counter("wonderq_messages_redriven", "Messages moved back out of a dead-letter queue.")
         self.ended_leases = self._counter(
             "wonderq_leases_ended", "Leases seen to end undeleted, and not taken again before they were seen."
         )
         self.sweeps = Counter("wonderq_sweeps", "Sweeps by outcome.", ["outcome"], registry=self.registry)
+        self.breaker = self._gauge(
+            "wonderq_breaker_open", "Processes that send no writes, because PostgreSQL could not confirm them."
+        )
+        self.breaker_openings = self._counter("wonderq_breaker_openings", "How often a process stopped sending writes.")
         self.waiting = self._gauge("wonderq_waiting_consumers", "Consumers that wait for a message.")
         self.connections = self._gauge("wonderq_client_connections", "Open client connections.")
         # What to call for these labels: looking them up costs more than counting.
         self._counted_calls: dict[tuple[str, str], tuple[Callable[[], None], Callable[[float], None]]] = {}
         self._counted_statements: dict[str, tuple[Callable[[], None], Callable[[float], None]]] = {}
-        self._queues = QueueGauges()
+        self._of_database = DatabaseGauges()
         self._shown = CollectorRegistry()
         own = self.registry
         self._shown.register(own if folder is None else MultiProcessCollector(None, folder))  # type: ignore[no-untyped-call]
-        self._shown.register(self._queues)
+        self._shown.register(self._of_database)
 
     def _counter(self, name: str, about: str) -> Counter:
         return Counter(name, about, registry=self.registry)
@@ -119,21 +133,26 @@ class Metrics:
 
     def show_queues(self, counted: dict[str, tuple[Counts, float | None]]) -> None:
         """Replace the gauges of the queues."""
-        self._queues.counted = counted
+        self._of_database.counted = counted
+
+    def show_durability(self, level: str | None) -> None:
+        """Replace the gauge of how safe messages are; None where that is not known."""
+        self._of_database.durability = level
 
     def text(self) -> bytes:
         """Return everything as Prometheus reads it."""
         return generate_latest(self._shown)
 
 
-class QueueGauges:
-    """The gauges of the queues, which are the database's and so never summed over processes."""
+class DatabaseGauges:
+    """The gauges of queues and durability, which are the database's and so never summed over processes."""
 
     def __init__(self) -> None:
         self.counted: dict[str, tuple[Counts, float | None]] = {}
+        self.durability: str | None = None
 
     def collect(self) -> Iterable[Metric]:
-        """Return them as they were counted last."""
+        """Return them as they were found last."""
         messages = GaugeMetricFamily(
             "wonderq_queue_messages",
             "Messages by queue and status; more than 50 may be an estimate.",
@@ -148,4 +167,9 @@ class QueueGauges:
             for status in ("ready", "delayed", "leased"):
                 messages.add_metric([queue, status], getattr(counts, status))
             oldest.add_metric([queue], age or 0)
-        return messages, oldest
+        durability = GaugeMetricFamily(
+            "wonderq_durability", "1 for the level at which acknowledged messages are safe.", labels=["level"]
+        )
+        if self.durability is not None:
+            durability.add_metric([self.durability], 1)
+        return messages, oldest, durability

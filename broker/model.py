@@ -10,7 +10,6 @@ import struct
 from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64, crc32
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import msgspec
 
@@ -19,9 +18,10 @@ from broker.errors import InvalidReceipt
 MAX_BODY_BYTES_PER_ANSWER = 8 * 2**20
 NO_TIME = timedelta(0)
 
-# The lanes of a queue: what was never handed out, and what was handed out before.
+# The lanes of a queue: what was never handed out, what was handed out before, and what was for the last time.
 FRESH = 0
 RETURNED = 1
+LAST = 2
 
 
 class NewMessage(msgspec.Struct, frozen=True):
@@ -32,6 +32,7 @@ class NewMessage(msgspec.Struct, frozen=True):
     sender: str | None
     delay: float | None
     ttl: float | None
+    idempotency_key: str | None = None
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -122,7 +123,7 @@ class Message(msgspec.Struct):
     first_received_at: str | None
     visible_at: str
     expires_at: str | None
-    dead_letter: dict[str, Any] | None = None
+    dead_letter: msgspec.Raw | None = None
 
 
 class StoredMessage(msgspec.Struct):
@@ -139,7 +140,7 @@ class StoredMessage(msgspec.Struct):
     first_received_at: str | None
     visible_at: str
     expires_at: str | None
-    dead_letter: dict[str, Any] | None = None
+    dead_letter: msgspec.Raw | None = None
 
 
 class Counts(msgspec.Struct):

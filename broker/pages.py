@@ -82,11 +82,13 @@ class Pages:
             )
         return web.json_response(
             {
-                "status": "ready",
+                "status": "ready" if self._database.breaker.reason is None else "read_only",
                 "database": "ok",
                 "migrations": newest,
                 "draining": False,
-                "durability": facts.durability["level"],
+                "durability": facts.level,
+                # Why nothing is written now: reads are served all the same.
+                "writes_refused": self._database.breaker.reason,
             }
         )
 
@@ -99,9 +101,12 @@ class Pages:
             )
             names = [each.queue for each in page]
             counted = await self._count(names)
+            facts = await self._database.read(durability.server_facts)
             self._metrics.show_queues({name: (each.counts, each.oldest_ready_age) for name, each in counted.items()})
+            self._metrics.show_durability(facts.level)
         except BrokerError:
             self._metrics.show_queues({})
+            self._metrics.show_durability(None)
         return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _count(self, names: list[str]) -> dict[str, Counted]:

@@ -40,6 +40,7 @@ from broker.sharing import BACKLOG, Share, SharedSite
 from broker.storage import durability
 from broker.storage.calls import Calls
 from broker.storage.database import Database
+from broker.storage.durability import ServerFacts
 from broker.storage.migrate import MigrationError, migrate
 from broker.storage.notifications import Notifications
 from broker.sweeper import Sweeper
@@ -59,7 +60,7 @@ GAUGES_SECONDS = 0.5
 # An embedded PostgreSQL, or a worker, that dies this often without a long life between is not started again.
 MAX_CRASHES = 5
 LONG_LIFE_SECONDS = 60
-# What a process uses besides its connections for calls: to listen, to notify and to sweep.
+# What a process uses besides its connections for calls: to listen, to notify and to see whether PostgreSQL is well.
 SERVICE_CONNECTIONS = 3
 
 GC_THRESHOLDS = (20_000, 20, 20)
@@ -197,12 +198,16 @@ async def keep_running(postgres: EmbeddedPostgres, stop: asyncio.Event) -> None:
 
 
 async def prepare(conninfo: str, settings: Settings, stop: asyncio.Event) -> None:
-    """Wait for the database and migrate it. Raises Stopped, and StartError where it cannot be reached in time."""
+    """Wait for the database, check it and migrate it.
+
+    Raises Stopped, and StartError where it cannot be reached in time or would lose messages.
+    """
     give_up_at = time.monotonic() + settings.startup_timeout
     while True:
         try:
             for name in await unless_stopped(stop, migrate(conninfo)):
                 log.info("migrated name=%s", name)
+            check_durability(await unless_stopped(stop, durability.facts_of(conninfo)), settings)
             return
         except psycopg.OperationalError as error:
             reason = str(error).splitlines()[0]
@@ -217,6 +222,19 @@ async def prepare(conninfo: str, settings: Settings, stop: asyncio.Event) -> Non
             raise StartError(
                 f"The database cannot be migrated: {error}. The role needs the right to create a schema in it."
             ) from error
+
+
+def check_durability(facts: ServerFacts, settings: Settings) -> None:
+    """Refuse a PostgreSQL that would lose what was acknowledged, unless that was said aloud."""
+    if not facts.risks:
+        return
+    risks = "; ".join(facts.risks)
+    if not settings.allow_data_loss:
+        raise StartError(
+            f"Acknowledged messages could be lost: {risks}. Set that to on in PostgreSQL, or say --allow-data-loss"
+            " (BROKER_ALLOW_DATA_LOSS=yes) where they may be."
+        )
+    log.warning("DATA LOSS IS ALLOWED: acknowledged messages can be lost because=%s", risks)
 
 
 class Server:
@@ -237,6 +255,7 @@ class Server:
             max_calls=settings.max_calls,
             request_timeout=settings.request_timeout,
         )
+        self.database.breaker.opened.append(self.metrics.breaker_openings.inc)
         self.calls = Calls(
             self.database,
             max_calls=settings.max_calls,
@@ -247,7 +266,7 @@ class Server:
         self.waiting = WaitingRoom(self.database, self.calls, max_waiting=settings.max_waiting_consumers)
         self.notifications = Notifications(self.database, self.waiting.hear, self.waiting.look_at_all)
         self.waiting.tell_others = self.notifications.tell
-        self.sweeper = Sweeper(self.database, self.metrics, self.waiting.hear, interval=settings.sweep_interval)
+        self.sweeper = Sweeper(self.database, self.metrics, self.waiting.tell, interval=settings.sweep_interval)
         self.limits = ConnectionLimits(
             max_body_bytes=settings.max_request_bytes, max_connections=settings.max_connections
         )
@@ -273,6 +292,7 @@ class Server:
 
     def _read_gauges(self) -> None:
         self.metrics.waiting.set(self.waiting.waiting)
+        self.metrics.breaker.set(self.database.breaker.reason is not None)
         self.metrics.connections.set(len(self.runner.connections))
 
     async def _show_gauges(self) -> None:
@@ -295,9 +315,14 @@ class Server:
 
     async def _start(self) -> None:
         await self.database.open(self.settings.startup_timeout)
-        await self._say_how_durable()
         await self.runner.setup()
-        services = [self.notifications.run, self.waiting.run, self.sweeper.run, self.calls.low_water.run]
+        services = [
+            self.database.breaker.run,
+            self.notifications.run,
+            self.waiting.run,
+            self.sweeper.run,
+            self.calls.low_water.run,
+        ]
         if self._share is not None:
             services.append(self._show_gauges)
         self._services = [asyncio.create_task(keep_up(service)) for service in services]
@@ -338,13 +363,6 @@ class Server:
                 self.database.cut_services()
                 await asyncio.wait(running, timeout=STOP_SERVICES_SECONDS)
         await self.database.close()
-
-    async def _say_how_durable(self) -> None:
-        facts = await self.database.read(durability.server_facts)
-        level = facts.durability["level"]
-        log.info("database postgresql=%s durability=%s", facts.version, level)
-        if level == "at_risk":
-            log.warning("ACKNOWLEDGED MESSAGES CAN BE LOST in a crash settings=%s", facts.durability)
 
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse what no route should see, and give every refusal the body of a JSON-RPC error."""

@@ -37,6 +37,15 @@ def parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def parse_switch(text: str) -> bool:
+    """Read whether something is switched on."""
+    switched = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
+    try:
+        return switched[text.strip().lower()]
+    except KeyError:
+        raise ValueError("it is neither yes nor no") from None
+
+
 def parse_conninfo(text: str) -> str:
     """Read a libpq URL or connection string: only its form is checked."""
     try:
@@ -62,6 +71,11 @@ class Setting:
     repeatable: bool = False
     secret: bool = False
 
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag may stand alone, without a value."""
+        return self.parse is parse_switch
+
 
 def setting(default: Any, **about: Any) -> Any:
     """Declare a field of `Settings` together with its line of the table."""
@@ -80,8 +94,8 @@ class Settings:
         variable="DATABASE_URL",
         parse=parse_conninfo,
         shown_default="none: an embedded PostgreSQL",
-        help="The PostgreSQL to use (15 to 18), as a libpq URL or connection string. Several hosts"
-        " with target_session_attrs=read-write find the new primary after a failover.",
+        help="The PostgreSQL to use (15 to 18), as a libpq URL or connection string. Of several hosts the one that"
+        " takes writes is used, also after a failover.",
         secret=True,
     )
     data_dir: Path = setting(
@@ -172,7 +186,18 @@ class Settings:
         parse=int,
         minimum=1,
         maximum=200,
-        help="Connections of each process for calls. Three more are used: to listen, to notify and to sweep.",
+        help="Connections of each process for calls; two of them are kept for calls that only read. Three more are"
+        " used: to listen, to notify and to see whether PostgreSQL is well.",
+    )
+    allow_data_loss: bool = setting(
+        False,
+        flag="--allow-data-loss",
+        variable="BROKER_ALLOW_DATA_LOSS",
+        parse=parse_switch,
+        shown_default="no",
+        help="Start, with a loud warning, also where PostgreSQL is set so that acknowledged messages can be lost:"
+        " `fsync`, `full_page_writes` or `synchronous_commit` off, or `synchronous_commit` local beside a synchronous"
+        " standby.",
     )
     max_request_bytes: int = setting(
         8 * 2**20,

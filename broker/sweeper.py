@@ -12,31 +12,45 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import psycopg
-
+from broker.errors import BrokerError
 from broker.metrics import Metrics
-from broker.storage import sweeps
+from broker.storage import dead_letters, sweeps
 from broker.storage.database import Connection, Database
+from broker.storage.dead_letters import Settled
 from broker.storage.notifications import News
 
 log = logging.getLogger("broker.sweeper")
 
 # Messages that one transaction removes. While there are more, the next sweep begins at once.
 BATCH_SIZE = 1_000
+# What one sweep may take, unless calls may take longer.
+SWEEP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Swept:
-    """What one sweep did: messages and leases by queue, and how many messages of deleted queues it removed."""
+    """What one sweep did: messages and leases by queue; of deleted queues how many messages it removed.
+
+    `exhausted` are the messages that it found to have used up their deliveries, after max_receives was lowered.
+    """
 
     expired: Mapping[str, int]
+    exhausted: int
+    settled: Settled
+    forgotten_keys: int
     ended_leases: Mapping[str, int]
     of_deleted_queues: int
     measured_queues: int
 
     def filled(self, batch_size: int) -> bool:
         """Whether there may be more to do right now."""
-        return sum(self.expired.values()) >= batch_size or self.of_deleted_queues >= batch_size
+        return batch_size <= max(
+            sum(self.expired.values()),
+            self.exhausted,
+            self.settled.messages,
+            self.forgotten_keys,
+            self.of_deleted_queues,
+        )
 
 
 async def sweep_once(connection: Connection, batch_size: int = BATCH_SIZE) -> Swept:
@@ -44,6 +58,9 @@ async def sweep_once(connection: Connection, batch_size: int = BATCH_SIZE) -> Sw
     chores = await sweeps.chores(connection)
     return Swept(
         expired=await sweeps.remove_expired(connection, batch_size) if chores.expired else {},
+        exhausted=await dead_letters.mark_exhausted(connection, batch_size) if chores.lowered_max_receives else 0,
+        settled=await dead_letters.settle(connection, batch_size) if chores.exhausted else Settled(),
+        forgotten_keys=await sweeps.forget_keys(connection, batch_size) if chores.idempotency_keys else 0,
         ended_leases=await sweeps.count_ended_leases(connection),
         of_deleted_queues=await sweeps.remove_deleted_queues(connection, batch_size) if chores.deleted_queues else 0,
         measured_queues=await sweeps.measure_queues(connection) if chores.sizes else 0,
@@ -51,33 +68,42 @@ async def sweep_once(connection: Connection, batch_size: int = BATCH_SIZE) -> Sw
 
 
 class Sweeper:
-    """Sweeps every `interval` seconds on a connection of its own."""
+    """Sweeps every `interval` seconds."""
 
     def __init__(
-        self, database: Database, metrics: Metrics, hear: Callable[[News], object], *, interval: float
+        self, database: Database, metrics: Metrics, tell: Callable[[News], object], *, interval: float
     ) -> None:
         self._database = database
         self._metrics = metrics
-        self._hear = hear
+        self._tell = tell
         self._interval = interval
 
     async def run(self) -> None:
-        """Sweep until cancelled, connecting anew after every failure."""
+        """Sweep until cancelled, and again after every failure.
+
+        A sweep is a write like any other: it has a deadline, and there is none while the breaker is open.
+        """
+        timeout = max(SWEEP_SECONDS, self._database.request_timeout)
         while True:
+            is_filled = False
             try:
-                async with await self._database.connect() as connection:
-                    while True:
-                        swept = await sweep_once(connection)
-                        self._report(swept)
-                        await asyncio.sleep(0 if swept.filled(BATCH_SIZE) else self._interval)
-            except psycopg.Error as error:
+                swept = await self._database.write(sweep_once, timeout=timeout)
+            except BrokerError as error:
                 self._metrics.sweeps.labels("failed").inc()
-                log.warning("sweep failed error=%s sqlstate=%s", type(error).__name__, error.sqlstate)
-            await asyncio.sleep(self._interval)
+                log.warning("sweep failed reason=%s", error.message)
+            else:
+                self._report(swept)
+                is_filled = swept.filled(BATCH_SIZE)
+            await asyncio.sleep(0 if is_filled else self._interval)
 
     def _report(self, swept: Swept) -> None:
         self._metrics.sweeps.labels("done").inc()
         self._metrics.expired.inc(sum(swept.expired.values()))
         self._metrics.ended_leases.inc(sum(swept.ended_leases.values()))
-        for queue, messages in swept.ended_leases.items():
-            self._hear(News(queue, 0.0, messages))
+        self._metrics.dead_lettered.inc(sum(swept.settled.moved.values()))
+        self._metrics.dropped.inc(sum(swept.settled.dropped.values()))
+        for queue, messages in swept.settled.dropped.items():
+            log.warning("messages dropped, their deliveries used up queue=%s messages=%d", queue, messages)
+        for found in (swept.ended_leases, swept.settled.moved, swept.settled.returned):
+            for queue, messages in found.items():
+                self._tell(News(queue, 0.0, messages))

@@ -32,7 +32,7 @@ from broker.storage.notifications import News
 log = logging.getLogger("broker.waiting")
 
 # Nobody depends on this look but for what no news came of: a lost notification, an enqueue in SQL.
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.9
 # Looks for queues that somebody has just begun to wait for are gathered for this long.
 GATHER_SECONDS = 0.005
 # Leases that end sooner are news to the other brokers; those that end later are seen by their looks in time.

@@ -1,8 +1,9 @@
-"""Write the reference from its sources: the methods from `rpc_schema.json`, the settings from their table.
+"""Write the reference from its sources: methods from `rpc_schema.json`, settings and outcomes from their tables.
 
-It writes docs/rpc.md below the prose that is written there by hand, docs/settings.md and the Postman
-collection; with `--check` it writes nothing and exits 1 where a file is not what would be written. The output
-depends on the sources, never on the machine. What is to be said of one method belongs into the schema.
+It writes docs/rpc.md below the prose that is written there by hand, the table of outcomes within docs/reliability.md,
+docs/settings.md and the Postman collection; with `--check` it writes nothing and exits 1 where a file is not what
+would be written. The output depends on the sources, never on the machine. What is to be said of one method belongs
+into the schema.
 """
 
 import json
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # The sources of this tree, whatever is installed.
 
 from broker.settings import Setting, settings_table  # noqa: E402
+from broker.storage.outcomes import ANY_OTHER_SQLSTATE, BY_MOMENT, BY_SQLSTATE, Failure  # noqa: E402
 
 Json = dict[str, Any]
 DOCUMENT: Json = json.loads((ROOT / "rpc_schema.json").read_text("utf-8"))
@@ -30,6 +32,8 @@ NO_NUL = "^[^\\u0000]*$"  # Said once, in the prose: true of every string but bo
 SECRET = " May hold a password: prefer the variable, for lists of processes show flags."
 RANGES = {"imum": "", "Length": " characters", "Items": " elements", "Properties": " names"}
 MARK = f"<!-- From here on {COMMAND} writes; change rpc_schema.json instead. -->\n"
+OUTCOMES_MARK = f"<!-- {COMMAND} writes this table; change broker/storage/outcomes.py instead. -->\n"
+OUTCOMES_END = "<!-- Until here. -->\n"
 SETTINGS_PROSE = f"""\
 <!-- Made by {COMMAND}; change broker/settings.py instead. -->
 
@@ -202,6 +206,24 @@ def render_settings() -> str:
     return SETTINGS_PROSE + table("flag, variable, default, unit, range, what", rows)
 
 
+def outcome_row(sqlstate: str, line: Failure) -> list[str]:
+    """Return a line of the table of outcomes."""
+    code = f"`{sqlstate}`" if len(sqlstate) == 5 else f"class `{sqlstate}`" if sqlstate else ""
+    answer = f"`{line.answer.type}`" + ", after three attempts" * line.lost_race
+    return [line.when[0].upper() + line.when[1:], code, f"`{line.outcome}`", answer]
+
+
+def render_reliability(page: str) -> str:
+    """Return the page about reliability with the table of outcomes as it is."""
+    before, rest = page.split(OUTCOMES_MARK)  # Fails where a mark was lost.
+    _, after = rest.split(OUTCOMES_END)
+    rows = [outcome_row("", line) for line in BY_MOMENT.values()]
+    rows += [outcome_row(sqlstate, line) for sqlstate, line in BY_SQLSTATE.items()]
+    rows.append(outcome_row("", ANY_OTHER_SQLSTATE))
+    columns = "what happened to a write, SQLSTATE, outcome, answer"
+    return f"{before}{OUTCOMES_MARK}\n{table(columns, rows)}\n{OUTCOMES_END}{after}"
+
+
 def postman_request(path: str, body: Json | None = None) -> Json:
     """Return a request of a Postman collection: POST with a body, GET without."""
     url = {"raw": "{{broker_url}}" + path, "host": ["{{broker_url}}"], "path": [path[1:]]}
@@ -235,7 +257,13 @@ def render_postman() -> str:
 def main(arguments: list[str]) -> int:
     """Write the files, or with `--check` name those that are stale; return the exit status."""
     prose, _ = (ROOT / "docs/rpc.md").read_text("utf-8").split(MARK)  # Fails where the mark was lost.
-    texts = {"rpc.md": render_rpc(prose), "settings.md": render_settings(), POSTMAN: render_postman()}
+    reliability = render_reliability((ROOT / "docs/reliability.md").read_text("utf-8"))
+    texts = {
+        "rpc.md": render_rpc(prose),
+        "reliability.md": reliability,
+        "settings.md": render_settings(),
+        POSTMAN: render_postman(),
+    }
     files = {ROOT / "docs" / name: text for name, text in texts.items()}
     stale = [path for path, text in files.items() if not path.exists() or path.read_text("utf-8") != text]
     for path in stale:

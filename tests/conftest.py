@@ -33,10 +33,11 @@ from broker.server import Server
 from broker.settings import Settings
 from broker.storage import handing_out
 from broker.storage.calls import Calls
-from broker.storage.database import Connection, Database, configure
+from broker.storage.database import Connection, Database
 from broker.storage.handing_out import Delivery, Wanted
 from broker.storage.low_water import LowWater
 from broker.storage.migrate import migrate
+from broker.storage.sessions import configure
 from gate import MAKE_GATE, Gate
 
 TEMPLATE = "wonderq_test_template"

@@ -632,18 +632,6 @@ async def test_positional_params_are_refused_by_every_method(standing_broker: Br
         assert json.loads(answer)["error"]["code"] == -32602
 
 
-async def test_what_is_not_supported_yet_is_refused(standing_broker: Broker) -> None:
-    for method, params in (
-        ("enqueue", {"body": 1, "idempotency_key": "k"}),
-        ("create_queue", {"queue": "q", "max_receives": 5}),
-        ("create_queue", {"queue": "q", "dead_letter_queue": "default"}),
-        ("update_queue", {"queue": "default", "max_receives": 5}),
-        ("update_queue", {"queue": "default", "dead_letter_queue": "other"}),
-    ):
-        assert (await standing_broker.error(method, **params))["code"] == -32602
-    await standing_broker.call("update_queue", queue="default", max_receives=None, dead_letter_queue=None)
-
-
 async def test_an_update_that_names_nothing_to_change_is_refused(standing_broker: Broker) -> None:
     error = await standing_broker.error("update_message", queue="default", message_id="x")
     assert error["code"] == -32602
@@ -900,6 +888,12 @@ async def message_leased(world: World) -> Json:
     return await broker.error("delete_message", queue="default", message_id=message["message_id"])
 
 
+async def idempotency_conflict(world: World) -> Json:
+    broker = await world.broker()
+    await broker.call("enqueue", body=1, idempotency_key="k")
+    return await broker.error("enqueue", body=2, idempotency_key="k")
+
+
 async def invalid_receipt(world: World) -> Json:
     broker = await world.broker()
     receipt = (await world.lease(broker))["receipt"]
@@ -947,6 +941,7 @@ ERRORS = {
         message_too_large, False, "send less, or raise max_message_bytes", {"limit": 4096, "given": 4097}
     ),
     "message_leased": Expected(message_leased, True, "name the receipt", {}),
+    "idempotency_conflict": Expected(idempotency_conflict, False, "a key of its own", {"key": "k"}),
     "invalid_receipt": Expected(invalid_receipt, False, "unchanged", {}),
     "queue_in_use": Expected(queue_in_use, False, "purge_queue", {"queue": "default"}),
     "queue_full": Expected(queue_full, True, "wait until", {"queue": "small", "limit": 2}),

@@ -77,6 +77,7 @@ async def test_every_method_can_be_called(broker: Broker) -> None:
     assert await do("delete_batch", "--receipts", both) == {"results": [{"deleted": True}] * 2}
     last = await do("enqueue", "--queue", "mail", "--body", "null")
     assert await do("delete_message", "--queue", "mail", "--message-id", last["message_id"]) == {"deleted": True}
+    assert await do("redrive", "--queue", "mail", "--max-messages", "5") == {"moved": 0, "complete": True}
     assert await do("purge_queue", "--queue", "mail") == {"purged": 0, "complete": True}
     assert await do("delete_queue", "--queue", "mail") == {"deleted_messages": 0, "complete": True}
     assert (await do("get_server"))["version"] == __version__
@@ -193,6 +194,7 @@ VALUES: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "request_timeout": (("0.1", 0.1), ("600", 600.0)),
     "startup_timeout": (("0", 0.0), ("86400", 86400.0)),
     "database_connections": (("1", 1), ("200", 200)),
+    "allow_data_loss": (("yes", True), ("1", True)),
     "max_request_bytes": (("512KiB", 512 * 1024), ("1024", 1024)),
     "max_connections": (("1", 1), ("1000000", 1_000_000)),
     "max_calls": (("1", 1), ("1000000", 1_000_000)),
@@ -239,6 +241,12 @@ def test_a_repeatable_flag_may_be_given_several_times(settings_of: Callable[...,
     assert settings_of("--allowed-host", "a", "--allowed-host", "b,c").allowed_host == ("a", "b", "c")
 
 
+def test_a_switch_alone_means_yes(settings_of: Callable[..., Settings]) -> None:
+    assert settings_of("--allow-data-loss").allow_data_loss is True
+    assert settings_of("--allow-data-loss", "--port", "0").port == 0
+    assert settings_of("--allow-data-loss=no", BROKER_ALLOW_DATA_LOSS="yes").allow_data_loss is False
+
+
 BAD = [
     (name, text, limit)
     for name, (about, _) in TABLE.items()
@@ -251,6 +259,7 @@ BAD = [
             else []
         ),
         *([(text, ", ".join(about.choices)) for text in ("no", "")] if about.choices else []),
+        *([(text, "yes or no") for text in ("perhaps", "")] if about.is_switch else []),
     ]
 ]
 

@@ -24,7 +24,7 @@ import pytest
 
 from broker import draining
 from broker.embedded import EmbeddedPostgres
-from broker.storage import database, low_water
+from broker.storage import low_water, sessions
 from conftest import Broker, Connect, StartBroker, private_server, with_template
 
 HOUR = 3600.0
@@ -107,7 +107,7 @@ def brokers_of_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_water, "LOOK_FROM_THE_BEGINNING_SECONDS", LOOK_SECONDS)
     monkeypatch.setattr(draining, "QUIET_TIME", 0.02)
     # PostgreSQL looks at the clock when an alarm interrupts it; reading a file is nothing to be interrupted in.
-    monkeypatch.setitem(database.SESSION_SETTINGS, "client_connection_check_interval", "0")
+    monkeypatch.setitem(sessions.SESSION_SETTINGS, "client_connection_check_interval", "0")
 
 
 async def time_of(connection: Any) -> datetime:

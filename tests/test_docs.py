@@ -102,6 +102,14 @@ def test_the_generator_never_overwrites_a_page_whose_prose_it_cannot_find(copy_o
     assert page.read_text("utf-8") == "# Only prose\n"
 
 
+def test_a_change_of_the_outcomes_makes_their_page_stale(copy_of_the_tree: Path) -> None:
+    table = copy_of_the_tree / "broker" / "storage" / "outcomes.py"
+    table.write_text(table.read_text("utf-8").replace('"57P01": Failure(', '"57P99": Failure('), "utf-8")
+    result = generate(copy_of_the_tree, "--check")
+    assert result.returncode == 1
+    assert result.stderr == "docs/reliability.md is stale; run: python docs/generate.py\n"
+
+
 def test_the_docs_do_not_depend_on_the_machine(tmp_path: Path) -> None:
     elsewhere = str(tmp_path)
     environment = {

@@ -17,7 +17,7 @@ from psycopg import sql
 from broker.errors import InvalidReceipt
 from broker.model import NewMessage, lease_of, receipt_of, timestamp
 from broker.storage import handing_out, inspection, leases, low_water, storing
-from broker.storage.database import Connection, configure
+from broker.storage.sessions import Connection, configure
 from broker.storage.storing import EnqueueCall, Stored
 from conftest import Broker, Connect, StartBroker, dequeue
 
@@ -646,18 +646,6 @@ async def test_an_update_changes_what_it_names_and_null_clears(broker: Broker) -
     assert {name: changed[name] for name in ATTRIBUTES} == ATTRIBUTES
     assert await broker.call("update_queue", queue="q") == changed
     assert await error_type(broker, "update_queue", queue="nowhere", delay=1) == "queue_not_found"
-
-
-async def test_what_is_not_there_yet_is_refused(broker: Broker) -> None:
-    for method, params in (
-        ("create_queue", {"max_receives": 3}),
-        ("create_queue", {"dead_letter_queue": "default"}),
-        ("update_queue", {"max_receives": 3}),
-        ("update_queue", {"dead_letter_queue": "default"}),
-        ("enqueue", {"body": 1, "idempotency_key": "k"}),
-        ("enqueue_batch", {"messages": [{"body": 1, "idempotency_key": "k"}]}),
-    ):
-        assert (await broker.error(method, queue="default", **params))["code"] == -32602
 
 
 async def test_a_body_may_be_as_long_as_its_queue_says(broker: Broker) -> None:

@@ -15,8 +15,8 @@ from psycopg.conninfo import make_conninfo
 
 from broker.model import NewMessage
 from broker.storage import leases, queues, storing, sweeps
-from broker.storage.database import configure
 from broker.storage.migrate import MIGRATION_LOCK, MigrationError, available_migrations, migrate, newest_applied
+from broker.storage.sessions import configure
 from broker.storage.storing import EnqueueCall
 from conftest import dequeue
 

@@ -17,8 +17,18 @@ from uuid import uuid4
 import msgspec
 import pytest
 
-from broker.model import FRESH, RETURNED, Lease, NewMessage
-from broker.storage import counting, handing_out, inspection, leases, queues, storing, sweeps
+from broker.model import FRESH, LAST, RETURNED, Lease, NewMessage
+from broker.storage import (
+    counting,
+    dead_letters,
+    handing_out,
+    idempotency,
+    inspection,
+    leases,
+    queues,
+    storing,
+    sweeps,
+)
 from broker.storage.database import Connection
 from broker.storage.storing import EnqueueCall
 from conftest import Connect, dequeue
@@ -35,8 +45,8 @@ SELECT
     q.id, nextval('broker.message_ids'), now() - interval '1 hour',
     now() + %(visible_in)s * interval '1 second' + n * interval '1 microsecond',
     now() + %(expires_in)s::float8 * interval '1 second',
-    CASE WHEN %(lane)s::int = 1 THEN now() END,
-    CASE WHEN %(lane)s::int = 1 THEN gen_random_uuid() END,
+    CASE WHEN %(lane)s::int > 0 THEN now() END,
+    CASE WHEN %(lane)s::int > 0 THEN gen_random_uuid() END,
     %(lane)s::int, 222, %(lane)s::int, to_json(repeat('x', 220))
 FROM broker.queues q, generate_series(1, %(messages)s::int) n
 WHERE q.name = %(queue)s
@@ -81,6 +91,8 @@ class Plan:
 LANE = "message_by_queue_lane_and_visible_at"
 KEY = "messages_pkey"
 EXPIRY = "expiring_message_by_time"
+EXHAUSTED = "exhausted_message_by_time"
+MOVED = "moved_message_by_id"
 
 Use = Callable[[Connection], Awaitable[object]]
 
@@ -124,7 +136,7 @@ async def plans_of(connection: Connection, use: Use) -> list[Plan]:
 async def table(connection: Connection) -> Connection:
     """A connection to an empty table that only this test analyses."""
     await connection.execute("ALTER TABLE broker.messages SET (autovacuum_enabled = off)")
-    for name in ("work", "other", "stale"):
+    for name in ("work", "other", "stale", "dead"):
         await queues.create(connection, name, {})
     await connection.execute("ANALYZE broker.messages")
     return connection
@@ -185,8 +197,10 @@ async def check_lookup(connection: Connection, n: int, use: Use) -> None:
     """Check a statement that has to do with n messages it knows."""
     (plan,) = await plans_of(connection, use)
     assert {scan.kind for scan in plan.scans} <= {"Index Scan"}, plan
-    assert {scan.index for scan in plan.scans} <= {KEY}, plan
+    # Where a message moved to is looked up only of those that are not in their queue.
+    assert {scan.index for scan in plan.scans} <= {KEY, MOVED}, plan
     assert plan.rows(KEY) <= 2 * n, plan
+    assert plan.rows(MOVED) == 0, plan
     assert plan.pages <= 60 + 30 * n, plan
 
 
@@ -205,6 +219,8 @@ async def check_known_messages(connection: Connection, n: int) -> None:
     held = await some_leases(connection, n)
     new = [NewMessage('"body"', None, None, None, None)] * n
     await check_lookup(connection, n, lambda c: storing.enqueue(c, [EnqueueCall("work", new)]))
+    keyed = [NewMessage('"body"', None, None, None, None, f"key{place}") for place in range(n)]
+    await check_lookup(connection, n, lambda c: idempotency.enqueue(c, [EnqueueCall("work", keyed, has_keys=True)]))
     await check_lookup(connection, n, lambda c: leases.delete(c, held))
     await check_lookup(connection, n, lambda c: leases.extend(c, held, [30] * len(held)))
     await check_lookup(connection, n, lambda c: leases.give_back(c, held))
@@ -245,8 +261,9 @@ async def check_sweeps(connection: Connection) -> None:
         await sweeps.chores(c)
 
     (plan,) = await plans_of(connection, chores)
-    assert {scan.index for scan in plan.scans} == {EXPIRY}, plan
+    assert {scan.index for scan in plan.scans} == {EXPIRY, EXHAUSTED}, plan
     assert plan.rows(EXPIRY) <= 1, plan
+    assert plan.rows(EXHAUSTED) <= 1, plan
 
     async def remove_expired(c: Connection) -> None:
         await sweeps.remove_expired(c, 1000)
@@ -256,6 +273,28 @@ async def check_sweeps(connection: Connection) -> None:
     assert plan.rows(EXPIRY) <= 1000, plan
     assert plan.rows(KEY) <= 1000, plan
 
+    async def settle(c: Connection) -> None:
+        await dead_letters.settle(c, 1000)
+
+    (plan,) = await plans_of(connection, settle)
+    assert {scan.index for scan in plan.scans} <= {EXHAUSTED, KEY}, plan
+    assert plan.rows(EXHAUSTED) <= 1000, plan
+    assert plan.rows(KEY) <= 1000, plan
+
+    async def mark_exhausted(c: Connection) -> None:
+        await c.execute("UPDATE broker.queues SET max_receives = 1, max_receives_lowered_at = now()")
+        await dead_letters.mark_exhausted(c, 1000)
+
+    plan = (await plans_of(connection, mark_exhausted))[1]
+    assert {scan.index for scan in plan.scans} == {LANE, KEY}, plan
+
+    async def redrive(c: Connection) -> None:
+        await dead_letters.redrive_batch(c, await queue_id(c, "dead"), None, 1000)
+
+    _, plan = await plans_of(connection, redrive)
+    assert {scan.index for scan in plan.scans} == {KEY}, plan
+    assert plan.rows(KEY) <= 2 * 1000, plan
+
     async def count_ended_leases(c: Connection) -> None:
         await sweeps.count_ended_leases(c)
 
@@ -264,16 +303,31 @@ async def check_sweeps(connection: Connection) -> None:
     assert plan.rows(LANE) <= 1, plan
 
     async def purge(c: Connection) -> None:
-        row = await (await c.execute("SELECT id FROM broker.queues WHERE name = 'work'")).fetchone()
-        assert row is not None
-        await queues.purge_batch(c, row[0])
+        await queues.purge_batch(c, await queue_id(c, "work"))
 
     _, plan = await plans_of(connection, purge)
     assert {scan.index for scan in plan.scans} == {KEY}, plan
     assert plan.rows(KEY) <= 2 * queues.PURGE_BATCH, plan
 
 
+async def queue_id(connection: Connection, name: str) -> int:
+    row = await (await connection.execute("SELECT id FROM broker.queues WHERE name = %s", [name])).fetchone()
+    assert row is not None
+    number: int = row[0]
+    return number
+
+
 async def fill_a_little(connection: Connection) -> None:
+    await fill(connection, 1000, lane=LAST, visible_in=FUTURE)
+    await fill(connection, 50, lane=LAST)
+    await fill(connection, 2000, queue="dead")
+    await connection.execute(
+        """
+        UPDATE broker.messages SET moved_at = now(), dead_letter = '{"source_queue": "work"}'
+        WHERE queue_id = %s
+        """,
+        [await queue_id(connection, "dead")],
+    )
     await fill(connection, 100, lane=FRESH)
     await fill(connection, 1000, lane=RETURNED, visible_in=FUTURE)
     await fill(connection, 2000, queue="stale", expires_in=PAST)
@@ -342,5 +396,12 @@ async def test_many_queues_that_came_since_the_last_analyze_are_found_by_index(
 
 def test_statements_are_short_enough_to_be_remembered() -> None:
     """psycopg takes a longer one apart anew whenever it is sent: a tenth of a millisecond."""
-    for statement in (handing_out._LEASE, handing_out._REMOVE, storing._ENQUEUE, leases._DELETE, leases._EXTEND):
+    for statement in (
+        handing_out._LEASE,
+        handing_out._REMOVE,
+        storing._ENQUEUE,
+        idempotency._ENQUEUE,
+        leases._DELETE,
+        leases._EXTEND,
+    ):
         assert len(statement) <= 4096

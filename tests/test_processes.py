@@ -112,6 +112,8 @@ async def start(folder: Path) -> AsyncIterator[Start]:
     started: list[Process] = []
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("BROKER_", "PG", "DATABASE_"))}
     kept |= {name: os.environ[name] for name in ("BROKER_PG_BIN",) if name in os.environ}
+    # The server that all tests share does without fsync.
+    kept |= {"BROKER_ALLOW_DATA_LOSS": "yes"}
 
     async def start_one(*flags: str, port: int = 0, **variables: str) -> Process:
         log = folder / f"broker-{len(started)}.log"
@@ -600,6 +602,51 @@ async def test_a_database_that_refuses_is_not_tried_again(start: Start, folder: 
             assert words in line
             assert "--database-url" in line
             assert "waiting for the database" not in broker.log
+    finally:
+        await postgres.stop()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_a_database_that_would_lose_messages_is_refused_once_until_that_is_allowed(
+    start: Start, test_server: str, database_url: str, processes: str
+) -> None:
+    if "TEST_DATABASE_URL" in os.environ:
+        pytest.skip("whether another server would lose messages is not known")
+    broker = await start(DATABASE_URL=database_url, BROKER_PROCESSES=processes, BROKER_ALLOW_DATA_LOSS="no")
+    line = await refusal(broker)
+    assert "fsync is off; full_page_writes is off" in line
+    assert "--allow-data-loss" in line
+    broker = await start(
+        "--allow-data-loss", DATABASE_URL=database_url, BROKER_PROCESSES=processes, BROKER_ALLOW_DATA_LOSS=""
+    )
+    await broker.ready()
+    assert broker.log.count("DATA LOSS IS ALLOWED") == 1
+
+
+async def test_what_the_broker_s_own_role_has_set_counts(start: Start, folder: Path) -> None:
+    postgres = EmbeddedPostgres(folder / "durable")
+    conninfo = await postgres.start()
+
+    async def refused(*statements: str) -> str:
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            for statement in statements:
+                connection.execute(statement.encode())
+        return await refusal(await start("--database-url", conninfo, BROKER_ALLOW_DATA_LOSS="no"))
+
+    try:
+        assert "synchronous_commit is off" in await refused("ALTER ROLE wonderq SET synchronous_commit = off")
+        line = await refused(
+            "ALTER ROLE wonderq SET synchronous_commit = local",
+            "ALTER SYSTEM SET synchronous_standby_names = 'nobody'",
+            "SELECT pg_reload_conf()",
+        )
+        assert "synchronous_commit is local" in line
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            connection.execute("SELECT pg_reload_conf()")
+        broker = await start("--database-url", conninfo, BROKER_ALLOW_DATA_LOSS="no")
+        await broker.ready()
+        assert "durability=durable" in broker.log
     finally:
         await postgres.stop()
 

@@ -11,12 +11,21 @@ from broker.errors import BrokerError
 from broker.model import NewMessage
 from broker.storage import counting, leases, queues, storing, sweeps
 from broker.storage.database import Connection
+from broker.storage.dead_letters import Settled
 from broker.storage.handing_out import Delivery
 from broker.storage.storing import EnqueueCall, Stored
 from broker.sweeper import Swept, sweep_once
 from conftest import Broker, Connect, StartBroker, dequeue
 
-NOTHING = Swept(expired={}, ended_leases={}, of_deleted_queues=0, measured_queues=0)
+NOTHING = Swept(
+    expired={},
+    exhausted=0,
+    settled=Settled(),
+    forgotten_keys=0,
+    ended_leases={},
+    of_deleted_queues=0,
+    measured_queues=0,
+)
 
 
 async def send(connection: Connection, how_many: int, queue: str = "default", ttl: float | None = None) -> list[int]:

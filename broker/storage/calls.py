@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from broker.errors import BrokerError, QueueFull, QueueNotFound
 from broker.model import Lease, NewMessage
-from broker.storage import handing_out, leases, storing
+from broker.storage import handing_out, idempotency, leases, storing
 from broker.storage.database import Connection, Database
 from broker.storage.group_commit import AGAIN, Again, GroupCommit
 from broker.storage.handing_out import Delivery, DequeueCall, HandOut, Wanted
@@ -79,10 +79,11 @@ class Calls:
     async def enqueue(self, queue: str, new: Sequence[NewMessage]) -> Stored:
         """Store messages in a queue, all or none.
 
-        Raises QueueNotFound, MessageTooLarge and QueueFull, whose `index` names the message.
+        Raises QueueNotFound, MessageTooLarge, QueueFull and IdempotencyConflict, whose `index` names the message.
         """
+        has_keys = any(message.idempotency_key is not None for message in new)
         size = len(new) + sum([len(message.body) for message in new]) // BYTES_LIKE_ONE_MESSAGE
-        return await self._enqueue.call(EnqueueCall(queue, new), line=queue, size=size)
+        return await self._enqueue.call(EnqueueCall(queue, new, has_keys), line=queue, size=size)
 
     async def dequeue(
         self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool = False
@@ -171,7 +172,8 @@ async def _enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list
     """
     results: list[Stored | BrokerError | Again] = []
     refused: set[str] = set()
-    for call, result in zip(calls, await storing.enqueue(connection, calls), strict=True):
+    store = idempotency.enqueue if any(call.has_keys for call in calls) else storing.enqueue
+    for call, result in zip(calls, await store(connection, calls), strict=True):
         results.append(AGAIN if isinstance(result, QueueFull) and call.queue in refused else result)
         if isinstance(result, BrokerError):
             refused.add(call.queue)

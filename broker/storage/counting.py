@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import NamedTuple
 
-from broker.model import FRESH, RETURNED, Counts
+from broker.model import FRESH, LAST, RETURNED, Counts
 from broker.storage.database import Connection
 from broker.storage.messages import IS_ALIVE
 
@@ -56,6 +56,8 @@ STATUS = {
     Part(RETURNED, is_future=False): "ready",
     Part(FRESH, is_future=True): "delayed",
     Part(RETURNED, is_future=True): "leased",
+    Part(LAST, is_future=False): "ready",  # none is: what lies there has used up its deliveries
+    Part(LAST, is_future=True): "leased",
 }
 
 
@@ -435,6 +437,7 @@ LEFT JOIN in_all a ON true
 )
 
 _BOTH_LANES = "= ANY (ARRAY[q.id * 4::bigint, q.id * 4::bigint + 1])"
+_HELD_LANES = "= ANY (ARRAY[q.id * 4::bigint + 1, q.id * 4::bigint + 2])"
 
 
 def _walk_all(status: str, queues: str, entries: str) -> str:
@@ -471,7 +474,7 @@ with_more AS MATERIALIZED (
         SELECT
         FROM broker.messages m
         WHERE ((m.queue_id * 4::bigint + m.lane), m.visible_at) > (q.id * 4::bigint, statement_timestamp())
-            AND (m.queue_id * 4::bigint + m.lane) <= q.id * 4::bigint + 1 AND m.lane >= 0
+            AND (m.queue_id * 4::bigint + m.lane) <= q.id * 4::bigint + 2 AND m.lane >= 0
         LIMIT 1
     ) AS more
 )
@@ -479,7 +482,7 @@ with_more AS MATERIALIZED (
 UNION ALL
 {_walk_all("delayed", "with_more", _entries("= q.id * 4::bigint", "statement_timestamp()", "'infinity'"))}
 UNION ALL
-{_walk_all("leased", "with_more", _entries("= q.id * 4::bigint + 1", "statement_timestamp()", "'infinity'"))}
+{_walk_all("leased", "with_more", _entries(_HELD_LANES, "statement_timestamp()", "'infinity'"))}
 """
 
 

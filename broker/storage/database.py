@@ -9,34 +9,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
+import re
 import select
-import socket
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import uuid4
 from weakref import WeakKeyDictionary, WeakSet
 
-import msgspec
 import psycopg
-from psycopg import AsyncConnection, sql
-from psycopg.abc import Buffer
-from psycopg.adapt import Loader
-from psycopg.pq import Format
+from psycopg import AsyncConnection
+from psycopg.errors import Diagnostic
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
-from broker.storage import binary
+from broker.storage import durability, outcomes, sessions
+from broker.storage.breaker import Breaker
+from broker.storage.durability import ServerFacts
+from broker.storage.outcomes import BY_MOMENT, Failure, LockedRows, Moment
+from broker.storage.sessions import Connection as Connection
+from broker.storage.sessions import configure, cut, deadline
 
 T = TypeVar("T")
-Connection = AsyncConnection[tuple[Any, ...]]
+SPACES = re.compile(r" ?([,()=<>]) ?")
 Operation = Callable[[Connection], Awaitable[T]]
 
 log = logging.getLogger("broker.database")
 
-# A statement whose server is gone is given up by us, not by libpq (its default is to wait for ever).
-CONNECT_TIMEOUT_SECONDS = 5
+# Connections of the pool that no write gets: however many writes are stuck, reads and health checks find one.
+KEPT_FOR_READS = 2
+# A new connection is made ready, or given up, within this.
+CONFIGURE_SECONDS = 5.0
 # How long a statement that is not patient waits for somebody else's lock.
 LOCK_TIMEOUT_MILLISECONDS = 100
 # At the end, how long statements may still take, and then the pool to close.
@@ -48,72 +53,37 @@ RECONNECT_TIMEOUT_SECONDS = 0.25
 # again, which only a call that finds all others busy waits for.
 IDLE_SECONDS = 3
 ATTEMPTS_AFTER_DEADLOCK = 3
-
-# Plans must not depend on what the table looked like when a statement was first prepared, or when it was last
-# analysed: one made for an empty table stays in use when there are millions of rows. So every statement of the
-# broker leaves the planner one index to go by, and reading more of the table than that is never right. Then a plan
-# can be made once and kept: for a single message, planning costs as much as everything else. Parallel workers
-# and JIT cost more than they give for a few rows.
-# The role or the database may have other defaults for its sessions: the statements rely on READ COMMITTED, and
-# what they send and read is UTF-8 and ISO dates.
-SESSION_SETTINGS = {
-    "application_name": "wonderq",
-    "plan_cache_mode": "force_generic_plan",
-    "enable_seqscan": "off",
-    "enable_bitmapscan": "off",
-    "jit": "off",
-    "lock_timeout": "0",
-    "max_parallel_workers_per_gather": "0",
-    "idle_in_transaction_session_timeout": "10s",
-    # A statement that waits, and whose connection we have cut, ends by itself where the server's system can tell
-    # (Linux). Without it, each of them would keep its connection until it gets what it waits for.
-    "client_connection_check_interval": "1s",
-    "default_transaction_isolation": "read committed",
-    "client_encoding": "UTF8",
-    "DateStyle": "ISO",
-    "TimeZone": "UTC",
-}
-
-# SQLSTATEs after which the outcome is not known: the server went away or was told to while it worked
-# (57P01 admin_shutdown, 57P02 crash_shutdown), or failed to write (58030 io_error); class 08 is a lost
-# connection. Any other error that the server reports has rolled the statement back.
-UNKNOWN_OUTCOME = {"57P01", "57P02", "57P05", "58030"}
-# The statement lost against another one and was rolled back; the same statement may be sent again.
-LOST_RACE = {"40001", "40P01"}
-# The server cannot take the statement now: a reason to try again, not a mistake in it.
-CANNOT_NOW = {"57014", "57P03", "57P04", "25006", "53000", "53100", "53200", "53300", "55P03"}
+# Where a backend of PostgreSQL says that it stopped to wait for a synchronous standby, though it has committed. Its
+# words depend on the server's language.
+STOPPED_WAITING = "SyncRepWaitForLSN"
 
 
 def one_line(statement: str) -> str:
-    """Return a statement without its line breaks: psycopg remembers how to send it only up to 4096 characters."""
-    return " ".join(statement.split()).replace("( ", "(").replace(" )", ")")
+    """Return a statement without spaces that mean nothing: psycopg remembers how to send it only up to 4096 characters.
 
-
-class LockedRows(Unavailable):
-    """{reason}; try again in a moment.
-
-    Somebody else held a lock for longer than the statement was willing to wait. Nothing was done.
+    Spaces around punctuation go, also inside quotes: a statement must not have any there.
     """
+    return SPACES.sub(r"\1", " ".join(statement.split()))
 
 
-class JsonLoader(Loader):
-    """Load JSON as the bytes that were stored."""
-
-    def load(self, data: Buffer) -> msgspec.Raw:
-        return msgspec.Raw(bytes(data))
+_CONFIRM = """
+SELECT pg_logical_emit_message(true, 'wonderq', '')
+"""
 
 
-class BinaryJsonLoader(JsonLoader):
-    format = Format.BINARY
+async def confirm(connection: Connection) -> None:
+    """Wait until the standby has what was read, where there is one that commits wait for.
+
+    What this transaction saw may be committed here and not there yet. PostgreSQL lets a transaction wait for the
+    standby only if it wrote something; so it writes nothing much. To be used before an answer says that something was
+    done already.
+    """
+    await connection.execute(_CONFIRM)
 
 
-async def configure(connection: Connection) -> None:
-    """Make a new connection ready for use."""
-    binary.register(connection.adapters)
-    connection.adapters.register_loader("json", JsonLoader)
-    connection.adapters.register_loader("json", BinaryJsonLoader)
-    for name, value in SESSION_SETTINGS.items():
-        await connection.execute(sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
+def time_left(deadline: float) -> float:
+    """Return how many seconds there are until a time of `time.monotonic()`; a moment where it has passed."""
+    return max(0.01, deadline - time.monotonic())
 
 
 def is_lost(connection: Connection) -> bool:
@@ -142,26 +112,34 @@ class Database:
         max_calls: int = 10_000,
         request_timeout: float = 10.0,
     ) -> None:
-        self.conninfo = conninfo
+        # The server that was reached last is tried first.
+        self._conninfo = sessions.with_defaults(conninfo)
         self.request_timeout = request_timeout
         self.max_calls = max_calls
         self._under_way: dict[asyncio.Task[Any], _Call] = {}
         self._services: WeakSet[Connection] = WeakSet()
-        self._patience: WeakKeyDictionary[Connection, bool] = WeakKeyDictionary()
+        self._states: WeakKeyDictionary[Connection, _State] = WeakKeyDictionary()
         # Each may mean that the database is another one now.
         self.lost_connections = 0
+        # What the newest connection has found; None before there is one.
+        self.facts: ServerFacts | None = None
+        self.breaker = Breaker(self.connect, self._is_overdue, request_timeout=request_timeout)
+        # So many writes may have a connection.
+        self.writing = asyncio.Semaphore(max(1, connections - KEPT_FOR_READS))
+        self._most_under_way = max_calls + connections
         self._reconnecting: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
-            conninfo,
+            lambda: self._conninfo,
             connection_class=AsyncConnection[tuple[Any, ...]],
-            kwargs={"autocommit": True, "connect_timeout": CONNECT_TIMEOUT_SECONDS},
+            kwargs={"autocommit": True},
             min_size=1,
             max_size=connections,
             max_waiting=max_calls,
             timeout=request_timeout,
             max_idle=IDLE_SECONDS,
             reconnect_timeout=RECONNECT_TIMEOUT_SECONDS,
-            configure=configure,
+            configure=self._configure,
             reconnect_failed=self._try_again,
             name="wonderq",
             open=False,
@@ -202,12 +180,45 @@ class Database:
 
     async def connect(self) -> Connection:
         """Return a connection of its own, for a service; the caller closes it."""
-        connection = await AsyncConnection.connect(
-            self.conninfo, autocommit=True, connect_timeout=CONNECT_TIMEOUT_SECONDS
-        )
-        await configure(connection)
+        connection = await sessions.connect(self._conninfo)
         self._services.add(connection)
+        try:
+            await self._configure(connection)
+        except BaseException:
+            await connection.close()
+            raise
         return connection
+
+    async def _configure(self, connection: Connection) -> None:
+        """Make a new connection ready, and take note of what it leads to."""
+        state = self._states[connection] = _State()
+        connection.add_notice_handler(state.notice)
+        with deadline(connection, CONFIGURE_SECONDS):
+            await configure(connection)
+            facts = await durability.server_facts(connection)
+        self._has_reached(facts, connection)
+        self._conninfo = sessions.beginning_with(self._conninfo, connection.info.host, connection.info.port)
+
+    def _has_reached(self, facts: ServerFacts, connection: Connection) -> None:
+        before, self.facts = self.facts, facts
+        if before is None or before.durability != facts.durability:
+            log.info("database postgresql=%s durability=%s", facts.version, facts.level)
+            if facts.risks:
+                log.warning("ACKNOWLEDGED MESSAGES CAN BE LOST because=%s", "; ".join(facts.risks))
+        self.breaker.has_answered()
+        if before is not None and before.started != facts.started:
+            self._has_moved(connection)
+
+    def _has_moved(self, newest: Connection) -> None:
+        """Leave a server that is not the database any more: it may hang, and what waits for it would do so for long."""
+        log.warning("the database was started again, or is another server now")
+        self.lost_connections += 1
+        for call in self._under_way.values():
+            call.cut()
+        for connection in self._services:
+            if connection is not newest:
+                cut(connection)
+        self._draining = asyncio.create_task(self._pool.drain())
 
     def cut_services(self) -> None:
         """End what the services wait for, where the server does not answer their good-bye."""
@@ -217,9 +228,9 @@ class Database:
     async def read(self, operation: Operation[T], *, timeout: float | None = None) -> T:
         """Run an operation that changes nothing: when it fails, nothing was done."""
         try:
-            return await self._run(operation, timeout, unknown="none", is_patient=None)
+            return await self._run(operation, timeout, is_write=False, is_patient=None)
         except LockedRows:
-            return await self._run(operation, timeout, unknown="none")
+            return await self._run(operation, timeout, is_write=False)
 
     async def write(self, operation: Operation[T], *, timeout: float | None = None, is_patient: bool = True) -> T:
         """Run an operation on a connection of the pool, within the deadline.
@@ -228,22 +239,38 @@ class Database:
         dropped. One that is not patient gets LockedRows, and nothing was done, where somebody else has held a lock
         for a tenth of a second.
 
-        Raises Unavailable with outcome "unknown" where the connection broke, or the deadline passed, after
-        the statement was sent, and with "none" where it never was; Overloaded where too many calls wait.
+        Raises Unavailable, with outcome "unknown" where the connection broke, or the deadline passed, after
+        the statement was sent, or no standby confirmed it, and with "none" where it never was, the breaker being open
+        among others: see `outcomes`; Overloaded where too many calls wait.
         """
-        return await self._run(operation, timeout, unknown="unknown", is_patient=is_patient)
+        refusal = self.breaker.refusal()
+        if refusal is not None:
+            raise refusal
+        return await self._run(operation, timeout, is_write=True, is_patient=is_patient)
 
     async def set_patience(self, connection: Connection, *, is_patient: bool) -> None:
         """Let the statements of a connection wait for locks as long as it takes, or hardly at all."""
-        if self._patience.get(connection, True) is not is_patient:
+        state = self.state_of(connection)
+        if state.is_patient is not is_patient:
             milliseconds = 0 if is_patient else LOCK_TIMEOUT_MILLISECONDS
             await connection.execute(f"SET lock_timeout = {milliseconds}".encode())
-            self._patience[connection] = is_patient
+            state.is_patient = is_patient
+
+    def state_of(self, connection: Connection) -> _State:
+        """Return what is known of a connection of ours."""
+        return self._states[connection]
+
+    def _is_overdue(self, seconds: float) -> bool:
+        """Whether a statement has been under way for so many seconds."""
+        sent_before = asyncio.get_running_loop().time() - seconds
+        return any(call.was_sent_before(sent_before) for call in self._under_way.values())
 
     async def _run(
-        self, operation: Operation[T], timeout: float | None, *, unknown: str, is_patient: bool | None = True
+        self, operation: Operation[T], timeout: float | None, *, is_write: bool, is_patient: bool | None = True
     ) -> T:
-        call = _Call(self, self._pool, operation, unknown, is_patient=is_patient)
+        if len(self._under_way) >= self._most_under_way:
+            raise self.too_many_calls()
+        call = _Call(self, self._pool, operation, is_write=is_write, is_patient=is_patient)
         task = asyncio.create_task(call.run())
         self._under_way[task] = call
         task.add_done_callback(self._forget)
@@ -260,10 +287,29 @@ class Database:
         result: T = task.result()
         return result
 
+    def too_many_calls(self) -> Overloaded:
+        """Return the error for a call that comes when too many wait."""
+        return Overloaded(limit=self.max_calls, what="calls waiting for the database", retry_after=1)
+
     def _forget(self, task: asyncio.Task[Any]) -> None:
         del self._under_way[task]
         if not task.cancelled():
             task.exception()  # seen, also where nobody waits for it any more
+
+
+@dataclass(eq=False, slots=True)
+class _State:
+    """What is known of a connection."""
+
+    # What its session does about locks.
+    is_patient: bool = True
+    # Something was committed in this use of it that no synchronous standby has confirmed.
+    is_unconfirmed: bool = False
+
+    def notice(self, diagnostic: Diagnostic) -> None:
+        """Take in a notice of the server's."""
+        if diagnostic.source_function == STOPPED_WAITING:
+            self.is_unconfirmed = True
 
 
 class _Call:
@@ -274,37 +320,55 @@ class _Call:
         database: Database,
         pool: AsyncConnectionPool[Connection],
         operation: Operation[Any],
-        unknown: str,
         *,
+        is_write: bool,
         is_patient: bool | None,
     ) -> None:
         self._database = database
         self._pool = pool
         self._is_patient = is_patient
         self._operation = operation
-        self._unknown = unknown
+        self._is_write = is_write
         # Where the operation runs now; None once the connection is the pool's again, and so maybe another's.
         self._connection: Connection | None = None
-        self._is_sent = False
+        # By the loop's clock.
+        self._sent_at: float | None = None
         self._is_given_up = False
+
+    def was_sent_before(self, moment: float) -> bool:
+        """Whether a statement has been under way since before that moment."""
+        return self._connection is not None and self._sent_at is not None and self._sent_at < moment
 
     async def run(self) -> Any:
         for attempt in range(1, ATTEMPTS_AFTER_DEADLOCK + 1):
             try:
                 return await self._attempt()
             except psycopg.Error as error:
-                if error.sqlstate not in LOST_RACE or attempt == ATTEMPTS_AFTER_DEADLOCK:
-                    raise self._translate(error) from error
+                is_sent = self._sent_at is not None
+                if not failure_of(error, is_sent=is_sent).lost_race or attempt == ATTEMPTS_AFTER_DEADLOCK:
+                    raise translate(error, is_sent=is_sent, is_write=self._is_write) from error
                 await asyncio.sleep(random.uniform(0.01, 0.05) * attempt)  # noqa: S311
         raise AssertionError("the last attempt returns or raises")
 
     async def _attempt(self) -> Any:
-        self._is_sent = False
+        self._sent_at = None
+        if not self._is_write:
+            return await self._on_a_connection()
+        async with self._database.writing:
+            if self._is_given_up:
+                raise outcomes.late(is_sent=False).error()
+            # While it waited for its turn, the breaker may have opened.
+            refusal = self._database.breaker.refusal()
+            if refusal is not None:
+                raise refusal
+            return await self._on_a_connection()
+
+    async def _on_a_connection(self) -> Any:
         try:
             while True:
                 async with self._pool.connection() as connection:
                     if self._is_given_up:
-                        raise Unavailable(reason="The database did not answer in time")
+                        raise outcomes.late(is_sent=False).error()
                     # The pool's own check would pause longer and longer between the connections that a restart
                     # of the server has left behind. The pool replaces what is closed.
                     if is_lost(connection):
@@ -313,17 +377,18 @@ class _Call:
                         continue
                     return await self._use(connection)
         except PoolTimeout as error:
-            raise Unavailable(reason="The database cannot be reached") from error
+            raise BY_MOMENT[Moment.NO_CONNECTION].error() from error
         except TooManyRequests as error:
-            limit = self._database.max_calls
-            raise Overloaded(limit=limit, what="calls waiting for the database", retry_after=1) from error
+            raise self._database.too_many_calls() from error
 
     async def _use(self, connection: Connection) -> Any:
         self._connection = connection
+        state = self._database.state_of(connection)
+        state.is_unconfirmed = False
         try:
             if self._is_patient is not None:  # or it is not worth a round trip to the server
                 await self._database.set_patience(connection, is_patient=self._is_patient)
-            self._is_sent = True
+            self._sent_at = asyncio.get_running_loop().time()
             return await self._operation(connection)
         except psycopg.errors.ReadOnlySqlTransaction:
             await connection.close()  # a primary that was demoted: the next one is found by connecting
@@ -332,45 +397,35 @@ class _Call:
             self._connection = None
             # One that we have cut ourselves says nothing about the server.
             self._database.lost_connections += connection.closed and not self._is_given_up
+            if state.is_unconfirmed and self._is_write:
+                # Whatever the operation made of it, an error or an answer.
+                raise BY_MOMENT[Moment.NOT_CONFIRMED].error()
 
-    def give_up(self) -> Unavailable:
-        """Cut the connection, so that the statement ends for us now; return the error to raise.
-
-        psycopg's own way asks the server to cancel and waits for it, which takes ten seconds and more when
-        the server hangs.
-        """
+    def give_up(self) -> BrokerError:
+        """Cut the connection, so that the statement ends for us now; return the error to raise."""
         self._is_given_up = True
+        self.cut()
+        return outcomes.late(is_sent=self._sent_at is not None).error(is_write=self._is_write)
+
+    def cut(self) -> None:
+        """End what it waits for on its connection."""
         if self._connection is not None:
             cut(self._connection)
-        return Unavailable(
-            reason="The database did not answer in time", outcome=self._unknown if self._is_sent else "none"
-        )
-
-    def _translate(self, error: psycopg.Error) -> BrokerError:
-        return translate(error, sent=self._is_sent, unknown=self._unknown)
 
 
-def cut(connection: Connection) -> None:
-    """Shut a connection's socket down: whoever waits on it gets an error at once."""
-    try:
-        with socket.socket(fileno=os.dup(connection.fileno())) as half:
-            half.shutdown(socket.SHUT_RDWR)
-    except (OSError, psycopg.Error):
-        pass  # it is closed already
+def translate(error: psycopg.Error, *, is_sent: bool, is_write: bool) -> BrokerError:
+    """Return the error that a caller gets for an error of the database: see `outcomes`."""
+    failure = failure_of(error, is_sent=is_sent)
+    if failure.answer is InternalError:
+        request_id = uuid4().hex[:12]
+        log.error("database refused a statement sqlstate=%s request_id=%s", error.sqlstate, request_id, exc_info=error)
+        return failure.error(is_write=is_write, request_id=request_id)
+    if failure.answer is Unavailable:
+        log.warning("statement failed reason=%s sqlstate=%s sent=%s", failure.reason, error.sqlstate, is_sent)
+    return failure.error(is_write=is_write)
 
 
-def translate(error: psycopg.Error, *, sent: bool, unknown: str) -> BrokerError:
-    """Return the error that a caller gets for an error of the database."""
-    state = error.sqlstate or ""
-    if isinstance(error, psycopg.errors.LockNotAvailable):
-        return LockedRows(reason="Somebody else has locked what this call is about")
-    if state in CANNOT_NOW or state in LOST_RACE:
-        log.warning("database cannot do it now sqlstate=%s", state)
-        return Unavailable(reason="The database cannot do this now")
-    if state in UNKNOWN_OUTCOME or state.startswith("08"):
-        return Unavailable(reason="The database went away", outcome=unknown)
-    if not state and isinstance(error, psycopg.OperationalError):
-        return Unavailable(reason="The database went away", outcome=unknown if sent else "none")
-    request_id = uuid4().hex[:12]
-    log.error("database refused a statement sqlstate=%s request_id=%s", state, request_id, exc_info=error)
-    return InternalError(request_id=request_id, outcome="none" if state else unknown)
+def failure_of(error: psycopg.Error, *, is_sent: bool) -> Failure:
+    """Return the line of the table of outcomes for an error of the database."""
+    is_lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+    return outcomes.failure(error.sqlstate, is_lost=is_lost, is_sent=is_sent)

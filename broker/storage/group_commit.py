@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
-from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
-from broker.storage.database import Connection, Database, LockedRows
+from broker.errors import BrokerError, InternalError, Overloaded
+from broker.storage import outcomes
+from broker.storage.database import Connection, Database
+from broker.storage.outcomes import LockedRows
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -75,8 +77,7 @@ class _Pending(Generic[C, R]):
             self.future.set_exception(error)
 
     def expire(self) -> None:
-        outcome = "unknown" if self.is_sent else "none"
-        self.fail(Unavailable(reason="The database did not answer in time", outcome=outcome))
+        self.fail(outcomes.late(is_sent=self.is_sent).error())
 
 
 class GroupCommit(Generic[C, R]):
@@ -110,6 +111,7 @@ class GroupCommit(Generic[C, R]):
         self._is_starting = False
         self._patience = asyncio.Semaphore(PATIENT_CALLS)
         self._tasks: set[asyncio.Task[None]] = set()
+        database.breaker.opened.append(self._refuse_waiting)
 
     async def call(self, call: C, *, line: Hashable, size: int = 1, options: Hashable = None) -> R:
         """Carry out one call with whatever others there are; return its result or raise its error.
@@ -117,6 +119,9 @@ class GroupCommit(Generic[C, R]):
         `line` is the queue that the call belongs to. Calls of one line share a statement only where their `options`
         are equal.
         """
+        refusal = self._database.breaker.refusal()
+        if refusal is not None:
+            raise refusal
         if self._waiting >= self._max_calls:
             self._make_room(line)
         loop = asyncio.get_running_loop()
@@ -150,6 +155,13 @@ class GroupCommit(Generic[C, R]):
         refused = longest.pop()
         self._waiting_size -= refused.size
         refused.fail(refusal)
+
+    def _refuse_waiting(self) -> None:
+        """Answer what has not been sent, when the breaker has opened: the statements before it may be stuck."""
+        refusal = self._database.breaker.refusal()
+        assert refusal is not None, "the breaker is open"
+        for line in self._lines.values():
+            self._fail(list(line), refusal)
 
     def _start_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start a statement once everything that has already arrived has been read."""

@@ -35,7 +35,10 @@ NO_HEADERS = msgspec.Raw(b"{}")
 # its lane when the lock is taken, so it is not picked. Each lane is first looked at for its first ready message,
 # whoever has locked it, from the low-water hint on; from there its rows are picked, so that what was taken but cannot
 # be removed from the index yet is walked past once. What is delayed or leased lies behind the end of the scan. Each
-# queue stands in the input once, so no row is picked twice.
+# queue stands in the input once, so no row is picked twice. What is leased for the last time goes to lane 2, which
+# nothing here reads. What has used up its deliveries because max_receives was lowered may lie in lane 1 still, and is
+# walked past; the first ready message that is learnt from is looked for among those too, because max_receives may be
+# raised again.
 _PICK = """
 /* dequeue */
 WITH wanted AS MATERIALIZED (
@@ -48,7 +51,8 @@ WITH wanted AS MATERIALIZED (
         coalesce(w.first_floor, '-infinity') AS first_floor,
         coalesce(w.second_floor, '-infinity') AS second_floor,
         CASE WHEN q.paused THEN 0 ELSE w.max_messages END AS max_messages,
-        coalesce(w.visibility_timeout, q.visibility_timeout) AS visibility_timeout
+        coalesce(w.visibility_timeout, q.visibility_timeout) AS visibility_timeout,
+        coalesce(q.max_receives, 2147483647) AS max_receives
     FROM unnest(
         %(queues)b::text[], %(max_messages)b::int[], %(visibility_timeouts)b::float8[], %(first_lanes)b::int[],
         %(first_floors)b::timestamptz[], %(second_floors)b::timestamptz[]
@@ -85,28 +89,28 @@ looked AS MATERIALIZED (
     FROM wanted w
 ),
 first_lane AS MATERIALIZED (
-    SELECT w.n, w.visibility_timeout, m.*
+    SELECT w.n, w.visibility_timeout, w.max_receives, m.*
     FROM looked w
     CROSS JOIN LATERAL (
         SELECT queue_id, id, visible_at, body_bytes
         FROM broker.messages
         WHERE (queue_id * 4::bigint + lane) = w.first_lane AND lane >= 0
             AND visible_at >= w.first_ready AND visible_at <= w.now
-            AND (expires_at IS NULL OR expires_at > w.now)
+            AND (expires_at IS NULL OR expires_at > w.now) AND receive_count < w.max_receives
         ORDER BY visible_at, id
         LIMIT w.max_messages
         FOR UPDATE SKIP LOCKED
     ) m
 ),
 second_lane AS MATERIALIZED (
-    SELECT w.n, w.visibility_timeout, m.*
+    SELECT w.n, w.visibility_timeout, w.max_receives, m.*
     FROM looked w
     CROSS JOIN LATERAL (
         SELECT queue_id, id, visible_at, body_bytes
         FROM broker.messages
         WHERE (queue_id * 4::bigint + lane) = w.second_lane AND lane >= 0
             AND visible_at >= w.second_ready AND visible_at <= w.now
-            AND (expires_at IS NULL OR expires_at > w.now)
+            AND (expires_at IS NULL OR expires_at > w.now) AND receive_count < w.max_receives
         ORDER BY visible_at, id
         LIMIT w.max_messages - (SELECT count(*) FROM first_lane f WHERE f.n = w.n)
         FOR UPDATE SKIP LOCKED
@@ -118,7 +122,7 @@ lanes AS MATERIALIZED (
     SELECT *, 2 AS place FROM second_lane
 ),
 picked AS MATERIALIZED (
-    SELECT n, visibility_timeout, queue_id, id, position
+    SELECT n, visibility_timeout, max_receives, queue_id, id, position
     FROM (
         SELECT *, row_number() OVER in_order AS position, sum(body_bytes) OVER in_order AS bytes
         FROM lanes
@@ -133,11 +137,13 @@ stamp AS MATERIALIZED (
 ),
 """
 
-# The messages, numbered in hand-out order, and for each queue a row of number 0 that says how it was looked at.
+# The messages, numbered in hand-out order, and for each queue a row of number 0 that says how it was looked at,
+# in the column of dead_letter.
 _ANSWER = """
 )
 SELECT
-    position, n, id, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at, NULL
+    position, n, id, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at,
+    dead_letter
 FROM taken
 UNION ALL
 SELECT
@@ -165,7 +171,7 @@ _LEASE = one_line(
 taken AS (
     UPDATE broker.messages m
     SET
-        lane = 1,
+        lane = CASE WHEN m.receive_count + 1 < p.max_receives THEN 1 ELSE 2 END,
         lease_token = (%(tokens)b::uuid[])[p.position],
         receive_count = m.receive_count + 1,
         first_received_at = coalesce(m.first_received_at, s.now),
@@ -177,7 +183,7 @@ taken AS (
         p.position, p.n, m.id, uuid_send(m.lease_token) AS token, m.body, m.headers, m.sender, m.receive_count,
         timestamptz_send(m.enqueued_at) AS enqueued_at,
         timestamptz_send(m.first_received_at) AS first_received_at,
-        timestamptz_send(m.expires_at) AS expires_at
+        timestamptz_send(m.expires_at) AS expires_at, m.dead_letter
 """
     + _ANSWER
 )
@@ -196,7 +202,7 @@ taken AS (
         p.position, p.n, m.id, NULL::bytea AS token, m.body, m.headers, m.sender, m.receive_count + 1 AS receive_count,
         timestamptz_send(m.enqueued_at) AS enqueued_at,
         timestamptz_send(coalesce(m.first_received_at, s.now)) AS first_received_at,
-        timestamptz_send(m.expires_at) AS expires_at
+        timestamptz_send(m.expires_at) AS expires_at, m.dead_letter
 """
     + _ANSWER
 )
@@ -270,7 +276,8 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
             by_number[n] = (look, delivery, each.queue, visible_at)
             continue
         (
-            _, n, number, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at, _
+            _, n, number, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at,
+            dead_letter,
         ) = row  # fmt: skip
         for time in (enqueued_at, first_received_at, expires_at):
             if time not in times:
@@ -284,7 +291,7 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
         delivery.messages.append(
             Message(
                 message_id_of(number), queue, receipt, body, headers or NO_HEADERS, sender, receive_count,
-                times[enqueued_at], times[first_received_at], visible_at, times[expires_at],
+                times[enqueued_at], times[first_received_at], visible_at, times[expires_at], dead_letter,
             )
         )  # fmt: skip
     return replace(handed_out, view=view)
@@ -348,6 +355,7 @@ SELECT
             WHERE (m.queue_id * 4::bigint + m.lane) = q.id * 4::bigint AND m.lane >= 0
                 AND m.visible_at >= coalesce(w.fresh_floor, '-infinity')
                 AND (m.expires_at IS NULL OR m.expires_at > greatest(m.visible_at, statement_timestamp()))
+                AND m.receive_count < coalesce(q.max_receives, 2147483647)
             ORDER BY m.visible_at, m.id
             LIMIT 1
         ),
@@ -357,6 +365,7 @@ SELECT
             WHERE (m.queue_id * 4::bigint + m.lane) = q.id * 4::bigint + 1 AND m.lane >= 0
                 AND m.visible_at >= coalesce(w.returned_floor, '-infinity')
                 AND (m.expires_at IS NULL OR m.expires_at > greatest(m.visible_at, statement_timestamp()))
+                AND m.receive_count < coalesce(q.max_receives, 2147483647)
             ORDER BY m.visible_at, m.id
             LIMIT 1
         )

@@ -26,12 +26,12 @@ from broker.model import (
     timestamp,
     timestamp_or_null,
 )
-from broker.storage.database import Connection
+from broker.storage.database import Connection, confirm
 from broker.storage.messages import IS_ALIVE
 
 _SHOWN = """
     m.id, m.body, m.headers, m.sender, m.receive_count, m.enqueued_at, m.first_received_at, m.visible_at,
-    m.expires_at,
+    m.expires_at, m.dead_letter,
     CASE
         WHEN m.visible_at <= statement_timestamp() THEN 'ready'
         WHEN m.lane = 0 THEN 'delayed'
@@ -64,7 +64,7 @@ page AS MATERIALIZED (
                 %(status)s::text IS NULL
                 OR (%(status)s::text = 'ready' AND m.visible_at <= statement_timestamp())
                 OR (%(status)s::text = 'delayed' AND m.visible_at > statement_timestamp() AND m.lane = 0)
-                OR (%(status)s::text = 'leased' AND m.visible_at > statement_timestamp() AND m.lane = 1)
+                OR (%(status)s::text = 'leased' AND m.visible_at > statement_timestamp() AND m.lane > 0)
             )
         ORDER BY m.id
         LIMIT %(limit)s
@@ -79,7 +79,9 @@ ORDER BY p.id
 
 
 def _stored_message(queue: str, row: tuple[Any, ...]) -> StoredMessage:
-    (number, body, headers, sender, receive_count, enqueued, first_received, visible, expires, status) = row
+    (number, body, headers, sender, receive_count, enqueued, first_received, visible, expires, dead_letter, status) = (
+        row
+    )
     return StoredMessage(
         message_id=message_id_of(number),
         queue=queue,
@@ -92,6 +94,7 @@ def _stored_message(queue: str, row: tuple[Any, ...]) -> StoredMessage:
         first_received_at=timestamp_or_null(first_received),
         visible_at=timestamp(visible),
         expires_at=timestamp_or_null(expires),
+        dead_letter=dead_letter,
     )
 
 
@@ -115,7 +118,7 @@ async def list_by_id(
     rows = await cursor.fetchall()
     if not rows:
         raise QueueNotFound(queue=queue)
-    messages = [_stored_message(queue, row[:10]) for row in rows if row[0] is not None]
+    messages = [_stored_message(queue, row[:11]) for row in rows if row[0] is not None]
     page = messages[:limit]
     # One row more than was asked for is looked up, and a page may end early by its bytes.
     has_more = bool(page) and rows[0][-1] > len(page)
@@ -159,7 +162,7 @@ WITH queue AS MATERIALIZED (
 locked AS MATERIALIZED (
     SELECT
         m.queue_id, m.id,
-        m.lane = 1 AND m.visible_at > statement_timestamp() AS is_held,
+        m.lane > 0 AND m.visible_at > statement_timestamp() AS is_held,
         (m.queue_id, m.id, uuid_send(m.lease_token))
             = (%(receipt_queue_id)s::int, %(receipt_id)s::bigint, %(token)s::bytea) AS is_holder
     FROM broker.messages m
@@ -266,6 +269,8 @@ async def delete(connection: Connection, queue: str, message_id: str, lease: Lea
         refused = _refusal(message_id, lease, is_held=is_held, is_holder=is_holder)
         if refused:
             raise refused
+    if deleted_id is None:
+        await confirm(connection)
     return deleted_id is not None
 
 

@@ -24,7 +24,9 @@ from broker.storage.database import Connection
 # leased the row anew: who waits looks at the newest token, so the old receipt has lost. The queue is read without
 # a lock: deleting a queue makes its messages gone at once, whether their rows are removed yet or not. What was
 # not deleted is looked up as of the snapshot: with another token its lease is lost for ever; with this one somebody
-# was quicker, and only a new snapshot can tell what became of it.
+# was quicker, and only a new snapshot can tell what became of it. What is not there may have moved to another queue:
+# its lease is lost. What is gone was deleted by a transaction that may be committed here and not yet on the standby;
+# who answers so has to wait for that, and PostgreSQL lets only those wait who wrote something.
 _DELETE = """
 /* delete */
 WITH existing AS MATERIALIZED (
@@ -43,23 +45,31 @@ deleted AS (
     WHERE w.has_queue
         AND m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
         AND uuid_send(m.lease_token) = w.token
-    RETURNING w.n, coalesce(greatest(m.expires_at, m.visible_at) <= statement_timestamp(), false)
-        AND m.expires_at IS NOT NULL AS is_expired
+    RETURNING w.n, m.expires_at IS NOT NULL AND greatest(m.expires_at, m.visible_at) <= statement_timestamp()
+        AND (m.lane < 2 OR m.visible_at >= m.expires_at) AS is_expired
 )
 -- What was deleted, what somebody else was quicker with, and of what the lease is lost.
 SELECT
     (SELECT array_agg(n) FROM deleted WHERE NOT is_expired),
     array_agg(w.n) FILTER (WHERE w.is_newest),
-    array_agg(w.n) FILTER (WHERE NOT w.is_newest AND NOT w.is_expired)
+    array_agg(w.n) FILTER (WHERE NOT w.is_newest AND NOT w.is_gone),
+    CASE WHEN NOT EXISTS (SELECT FROM deleted) THEN pg_logical_emit_message(true, 'wonderq', '') END
 FROM (
     SELECT
         w.n,
-        coalesce(greatest(m.expires_at, m.visible_at) <= statement_timestamp(), false)
-            AND m.expires_at IS NOT NULL AS is_expired,
+        CASE
+            WHEN m.id IS NULL THEN NOT EXISTS (
+                SELECT
+                FROM broker.messages e
+                WHERE (-e.id) = ANY (ARRAY[-w.id]) AND e.moved_at IS NOT NULL
+            )
+            ELSE m.expires_at IS NOT NULL AND greatest(m.expires_at, m.visible_at) <= statement_timestamp()
+                AND (m.lane < 2 OR m.visible_at >= m.expires_at)
+        END AS is_gone,
         m.lease_token IS NOT NULL AND uuid_send(m.lease_token) = w.token AS is_newest
     FROM wanted w
-    JOIN broker.messages m ON m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
-    WHERE w.has_queue AND w.n NOT IN (SELECT n FROM deleted)
+    LEFT JOIN broker.messages m ON w.has_queue AND m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
+    WHERE w.n NOT IN (SELECT n FROM deleted)
 ) AS w
 """
 
@@ -67,7 +77,7 @@ FROM (
 async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool | BrokerError]:
     """Delete the messages of these leases; return True, False where it is already gone, or LeaseLost.
 
-    A lease that stands in the list again is False there: its first mention has deleted the message.
+    Where a lease stands in the list again its message is gone by its first mention, or the lease is as lost.
     """
     first_mention = {lease: n for n, lease in reversed(list(enumerate(leases)))}
     results: list[bool | BrokerError] = [False] * len(leases)
@@ -87,12 +97,17 @@ async def delete(connection: Connection, leases: Sequence[Lease]) -> list[bool |
             break
         row = await cursor.fetchone()
         assert row is not None, "a select of aggregates returns one row"
-        deleted, raced, lost = ([in_order[n - 1] for n in numbers or ()] for numbers in row)
+        deleted, raced, lost = ([in_order[n - 1] for n in numbers or ()] for numbers in row[:3])
         for lease in deleted:
             results[first_mention[lease]] = True
         for lease in lost:
             results[first_mention[lease]] = LeaseLost()
         undecided = raced
+    if len(first_mention) < len(leases):
+        for n, lease in enumerate(leases):
+            first = results[first_mention[lease]]
+            if isinstance(first, BrokerError):
+                results[n] = first
     return results
 
 
@@ -150,7 +165,7 @@ async def extend(
 
 
 # Locks: as delete. A lease that was taken anew meanwhile is left alone. The message stays in the lane of the
-# returned ones, stamped with the present, so that it is among the next to be handed out.
+# returned ones, or comes back to it, stamped with the present, so that it is among the next to be handed out.
 _GIVE_BACK = """
 /* give back */
 WITH wanted AS MATERIALIZED (
@@ -163,6 +178,7 @@ stamp AS MATERIALIZED (
 )
 UPDATE broker.messages m
 SET
+    lane = 1,
     visible_at = s.now,
     lease_token = NULL,
     receive_count = m.receive_count - 1,

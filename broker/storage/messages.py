@@ -18,9 +18,9 @@ A function that sends a statement sends one, and so runs one transaction. Two at
   up in the index of the primary key.
 """
 
-# What every statement that looks at messages shares: expired ones that nobody holds are not there. (In lane 0
-# lies what was never handed out, so nobody holds it.)
+# What every statement that looks at messages shares: what nobody holds and has expired is not there, nor what has used
+# up its deliveries, on its way to the dead letters. (In lane 0 lies what was never handed out, so nobody holds it.)
 IS_ALIVE = """(
-    m.expires_at IS NULL OR m.expires_at > statement_timestamp()
-    OR (m.lane = 1 AND m.visible_at > statement_timestamp())
+    (m.lane > 0 AND m.visible_at > statement_timestamp())
+    OR (m.lane < 2 AND (m.expires_at IS NULL OR m.expires_at > statement_timestamp()))
 )"""

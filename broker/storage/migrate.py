@@ -11,6 +11,8 @@ from typing import Any
 
 import psycopg
 
+from broker.storage.sessions import with_defaults
+
 # Any number will do as long as every version of the broker uses the same.
 MIGRATION_LOCK = 0x57_6F_6E_64_65_72_51
 MINIMUM_VERSION = 15_00_00
@@ -62,9 +64,7 @@ async def migrate(conninfo: str) -> list[str]:
     Raises MigrationError for a database that is too old, not UTF8, or migrated by a newer broker.
     """
     # Whatever encoding the role or the database prefers for its sessions: these files are UTF-8.
-    async with await psycopg.AsyncConnection.connect(
-        conninfo, connect_timeout=10, client_encoding="UTF8"
-    ) as connection:
+    async with await psycopg.AsyncConnection.connect(with_defaults(conninfo), client_encoding="UTF8") as connection:
         await check_database(connection)
         await connection.execute("SET LOCAL lock_timeout = 0")
         await connection.execute("SET LOCAL statement_timeout = 0")

@@ -25,6 +25,7 @@ import psycopg
 from psycopg.generators import notifies
 
 from broker.storage.database import Connection, Database
+from broker.storage.sessions import deadline
 
 log = logging.getLogger("broker.notifications")
 
@@ -32,6 +33,8 @@ CHANNEL = "wonderq_news"
 # NOTIFY takes at most 8,000 bytes; forty queue names of 128 characters fit.
 NEWS_PER_NOTIFICATION = 40
 RETRY_SECONDS = 0.5
+# A server that takes longer over one of these statements hangs: the connection is given up, and made anew.
+ANSWER_SECONDS = 5.0
 # Held by everybody who listens. Any number will do as long as every version of the broker uses the same.
 LISTENERS_LOCK = 0x57_6F_6E_64_65_72_4C
 LOOK_FOR_OTHERS_SECONDS = 60.0
@@ -108,21 +111,24 @@ class Notifications:
 
     async def _send(self, connection: Connection) -> None:
         # A notification needs no place on disk; its commit must not wait for one.
-        await connection.execute("SET synchronous_commit = off")
+        with deadline(connection, ANSWER_SECONDS):
+            await connection.execute("SET synchronous_commit = off")
         while True:
             await self._has_pending.wait()
             batch = [self._pending.pop(name) for name in list(self._pending)[:NEWS_PER_NOTIFICATION]]
             if not self._pending:
                 self._has_pending.clear()
-            await connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": self._payload(batch)})
+            with deadline(connection, ANSWER_SECONDS):
+                await connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": self._payload(batch)})
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _listen(self, connection: Connection) -> None:
         connection.add_notify_handler(lambda notification: self._heard(notification.payload))
         try:
-            await connection.execute(f"LISTEN {CHANNEL}")
-            await connection.execute(_TAKE_PART, {"lock": LISTENERS_LOCK})
-            await connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": self._payload([])})
+            with deadline(connection, ANSWER_SECONDS):
+                await connection.execute(f"LISTEN {CHANNEL}")
+                await connection.execute(_TAKE_PART, {"lock": LISTENERS_LOCK})
+                await connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": self._payload([])})
             # What was said before is lost: everybody who waits looks once.
             self._reconnected()
             while True:
@@ -138,7 +144,8 @@ class Notifications:
             self._is_alone = False
 
     async def _has_others(self, connection: Connection) -> bool:
-        row = await (await connection.execute(_OTHERS, {"lock": LISTENERS_LOCK})).fetchone()
+        with deadline(connection, ANSWER_SECONDS):
+            row = await (await connection.execute(_OTHERS, {"lock": LISTENERS_LOCK})).fetchone()
         assert row is not None, "a select without FROM returns one row"
         return bool(row[0])
 

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 from psycopg import sql
 
-from broker.errors import BrokerError, QueueExists, QueueInUse, QueueNotFound
+from broker.errors import BrokerError, InvalidParams, QueueExists, QueueInUse, QueueNotFound
 from broker.model import Queue, number, timestamp
-from broker.storage.database import Connection, Database
+from broker.storage.database import Connection, Database, confirm, time_left
 
 # Messages that one transaction of a purge removes: some hundred milliseconds on a slow disk.
 PURGE_BATCH = 5_000
@@ -26,24 +26,33 @@ DEFAULTS: Mapping[str, Any] = {
     "message_ttl": None,
     "delay": 0.0,
     "max_message_bytes": 4096,
+    "max_receives": None,
+    "dead_letter_queue": None,
     "idempotency_window": 300.0,
     "max_messages": None,
     "paused": False,
 }
-# Attributes of the contract that have no column yet; the schema takes only null for them.
-NOT_STORED = {"max_receives", "dead_letter_queue"}
+
+_SHOWN = """
+    q.name, q.visibility_timeout, q.message_ttl, q.delay, q.max_message_bytes, q.max_receives,
+    (SELECT t.name FROM broker.queues t WHERE t.id = q.dead_letter_queue_id),
+    q.idempotency_window, q.max_messages, q.paused, q.created_at, q.updated_at
+"""
 
 
 def _queue(row: tuple[Any, ...]) -> Queue:
-    (name, visibility_timeout, ttl, delay, max_bytes, window, max_messages, paused, created, updated) = row
+    (
+        name, visibility_timeout, ttl, delay, max_bytes, max_receives, dead_letter_queue, window, max_messages, paused,
+        created, updated,
+    ) = row  # fmt: skip
     return Queue(
         queue=name,
         visibility_timeout=number(visibility_timeout),
         message_ttl=None if ttl is None else number(ttl),
         delay=number(delay),
         max_message_bytes=max_bytes,
-        max_receives=None,
-        dead_letter_queue=None,
+        max_receives=max_receives,
+        dead_letter_queue=dead_letter_queue,
         idempotency_window=number(window),
         max_messages=max_messages,
         paused=paused,
@@ -53,37 +62,61 @@ def _queue(row: tuple[Any, ...]) -> Queue:
 
 
 # Two at once with one name: the unique index lets one insert, the other finds the row in the way.
-_CREATE = """
-INSERT INTO broker.queues (
-    name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages, paused
+_CREATE = f"""
+INSERT INTO broker.queues AS q (
+    name, visibility_timeout, message_ttl, delay, max_message_bytes, max_receives, dead_letter_queue_id,
+    idempotency_window, max_messages, paused
 )
 VALUES (
-    %(queue)s, %(visibility_timeout)s, %(message_ttl)s, %(delay)s, %(max_message_bytes)s,
-    %(idempotency_window)s, %(max_messages)s, %(paused)s
+    %(queue)s, %(visibility_timeout)s, %(message_ttl)s, %(delay)s, %(max_message_bytes)s, %(max_receives)s,
+    %(dead_letter_queue_id)s, %(idempotency_window)s, %(max_messages)s, %(paused)s
 )
 ON CONFLICT (name) WHERE deleted_at IS NULL DO NOTHING
-RETURNING name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages,
-    paused, created_at, updated_at
+RETURNING {_SHOWN}
 """
 
-_GET = """
-SELECT name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages,
-    paused, created_at, updated_at
-FROM broker.queues
-WHERE name = %(queue)s AND deleted_at IS NULL
+_GET = f"""
+SELECT {_SHOWN}
+FROM broker.queues q
+WHERE q.name = %(queue)s AND q.deleted_at IS NULL
+"""
+
+# Who names a target, and who deletes a queue, does it alone: no other queue is created, changed or deleted meanwhile,
+# so the target lives, nobody comes to name a queue that is being deleted, and no two changes close a circle together.
+# Readers are not held up, and nothing on the way of a message does more than read.
+_LOCK_QUEUES = """
+LOCK TABLE broker.queues IN SHARE ROW EXCLUSIVE MODE
+"""
+
+# The queues that a queue's dead letters can come to, one after the other, it being the first.
+_TARGETS = """
+WITH RECURSIVE target AS (
+    SELECT id, name, dead_letter_queue_id
+    FROM broker.queues
+    WHERE name = %(queue)s AND deleted_at IS NULL
+    UNION
+    SELECT q.id, q.name, q.dead_letter_queue_id
+    FROM target t
+    JOIN broker.queues q ON q.id = t.dead_letter_queue_id AND q.deleted_at IS NULL
+)
+SELECT id, name
+FROM target
 """
 
 
 async def create(connection: Connection, queue: str, attributes: Mapping[str, Any]) -> Queue:
     """Create a queue, or return it where it exists and the named attributes have these values.
 
-    Raises QueueExists where one of them differs.
+    Raises QueueExists where one of them differs, QueueNotFound where there is no such `dead_letter_queue`, and
+    InvalidParams where that is the queue itself.
     """
     named = stored_values(attributes)
     # A queue that is deleted between the two statements is created in the next round.
     while True:
-        cursor = await connection.execute(_CREATE, {"queue": queue, **DEFAULTS, **named})
-        row = await cursor.fetchone()
+        async with connection.transaction():
+            values = {**DEFAULTS, **named}
+            values["dead_letter_queue_id"] = await _lock_target(connection, queue, values)
+            row = await (await connection.execute(_CREATE, {"queue": queue, **values})).fetchone()
         if row is not None:
             return _queue(row)
         row = await (await connection.execute(_GET, {"queue": queue})).fetchone()
@@ -93,7 +126,31 @@ async def create(connection: Connection, queue: str, attributes: Mapping[str, An
     differs = [name for name, value in named.items() if getattr(existing, name) != value]
     if differs:
         raise QueueExists(queue=queue, differs=differs[0])
+    await confirm(connection)
     return existing
+
+
+async def _lock_target(connection: Connection, queue: str, values: Mapping[str, Any]) -> int | None:
+    """Return the id of the dead-letter queue that is named, if one is; let nobody change queues meanwhile.
+
+    Raises QueueNotFound, and InvalidParams where its dead letters would come back to `queue`.
+    """
+    target = values.get("dead_letter_queue")
+    if target is None:
+        return None
+    await connection.execute(_LOCK_QUEUES)
+    targets = await (await connection.execute(_TARGETS, {"queue": target})).fetchall()
+    names = [name for _, name in targets]
+    if queue in [target, *names]:
+        raise InvalidParams(
+            reason=f"`dead_letter_queue` must not lead back to {queue}: {' → '.join([queue, *(names or [target])])}.",
+            param="dead_letter_queue",
+            given=target,
+        )
+    if not targets:
+        raise QueueNotFound(queue=target)
+    target_id: int = targets[0][0]
+    return target_id
 
 
 def stored_values(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,29 +158,46 @@ def stored_values(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: DEFAULTS[name] if value is None else value
         for name, value in attributes.items()
-        if value is not msgspec.UNSET and name not in NOT_STORED
+        if value is not msgspec.UNSET
     }
 
 
-_UPDATE = """
-UPDATE broker.queues
-SET {changes}, updated_at = statement_timestamp()
-WHERE name = %(queue)s AND deleted_at IS NULL
-RETURNING name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages,
-    paused, created_at, updated_at
+_UPDATE = f"""
+UPDATE broker.queues q
+SET {{changes}}, updated_at = statement_timestamp()
+WHERE q.name = %(queue)s AND q.deleted_at IS NULL
+RETURNING {_SHOWN}
+"""
+
+# Where fewer deliveries are permitted than before: see dead_letters.py.
+_LOWERED = """
+    max_receives_lowered_at = CASE
+        WHEN %(max_receives)s::int < coalesce(q.max_receives, 2147483647) THEN statement_timestamp()
+        ELSE q.max_receives_lowered_at
+    END
 """
 
 
 async def update(connection: Connection, queue: str, attributes: Mapping[str, Any]) -> Queue:
-    """Change the named attributes; return the queue. Raises QueueNotFound."""
+    """Change the named attributes; return the queue.
+
+    Raises QueueNotFound, also where there is no such `dead_letter_queue`, and InvalidParams where the queue's dead
+    letters would come back to it.
+    """
     named = stored_values(attributes)
     if not named:
         return await get(connection, queue)
-    changes = sql.SQL(", ").join(
-        sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in named
-    )
-    cursor = await connection.execute(sql.SQL(_UPDATE).format(changes=changes), {"queue": queue, **named})
-    row = await cursor.fetchone()
+    async with connection.transaction():
+        if "dead_letter_queue" in named:
+            named["dead_letter_queue_id"] = await _lock_target(connection, queue, named)
+            del named["dead_letter_queue"]
+        changes: list[sql.Composable] = [
+            sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in named
+        ]
+        if "max_receives" in named:
+            changes.append(sql.SQL(_LOWERED))
+        statement = sql.SQL(_UPDATE).format(changes=sql.SQL(", ").join(changes))
+        row = await (await connection.execute(statement, {"queue": queue, **named})).fetchone()
     if row is None:
         raise QueueNotFound(queue=queue)
     return _queue(row)
@@ -138,15 +212,14 @@ async def get(connection: Connection, queue: str) -> Queue:
 
 
 # The names of a prefix are a range of the index: COLLATE "C" orders them by their bytes.
-_LIST = """
-SELECT name, visibility_timeout, message_ttl, delay, max_message_bytes, idempotency_window, max_messages,
-    paused, created_at, updated_at
-FROM broker.queues
-WHERE deleted_at IS NULL
-    AND name > %(after)s
-    AND starts_with(name, %(prefix)s)
-    AND name >= %(prefix)s
-ORDER BY name
+_LIST = f"""
+SELECT {_SHOWN}
+FROM broker.queues q
+WHERE q.deleted_at IS NULL
+    AND q.name > %(after)s
+    AND starts_with(q.name, %(prefix)s)
+    AND q.name >= %(prefix)s
+ORDER BY q.name
 LIMIT %(limit)s
 """
 
@@ -196,25 +269,34 @@ async def purge(database: Database, queue: str) -> tuple[int, bool]:
     Works in transactions of 5,000 until it is done or its time is over; returns how many were removed, and
     whether it is done. Raises QueueNotFound.
     """
+    deadline = time.monotonic() + database.request_timeout
     row = await database.read(lambda connection: _first_row(connection, _NEWEST_MESSAGE, queue))
     if row is None:
         raise QueueNotFound(queue=queue)
     queue_id, newest = row
     if newest is None:
+        await database.write(confirm)
         return 0, True
-    purged, complete = await _purge_until(database, queue_id, newest)
-    await database.write(lambda connection: connection.execute(_FORGET_SIZE, {"queue_id": queue_id}))
+    purged, complete = await _purge_until(database, queue_id, newest, deadline)
+    try:
+        await database.write(
+            lambda connection: connection.execute(_FORGET_SIZE, {"queue_id": queue_id}), timeout=time_left(deadline)
+        )
+    except BrokerError:
+        if not purged:
+            raise
+        return purged, False  # what was purged is, whatever became of this
     return purged, complete
 
 
-async def _purge_until(database: Database, queue_id: int, newest: int) -> tuple[int, bool]:
+async def _purge_until(database: Database, queue_id: int, newest: int, deadline: float) -> tuple[int, bool]:
     """Remove a queue's messages up to an id; leave a share of the request's time for the answer."""
-    stop_at = time.monotonic() + database.request_timeout * 0.6
+    stop_at = deadline - database.request_timeout * 0.4
     purged = 0
     while True:
         try:
             removed = await database.write(
-                lambda connection: purge_batch(connection, queue_id, newest),
+                lambda connection: purge_batch(connection, queue_id, newest), timeout=time_left(deadline)
             )
         except BrokerError as error:
             # What is committed is counted, or a repeated call would not say how many there were.
@@ -240,9 +322,18 @@ async def _first_row(connection: Connection, statement: str, queue: str) -> tupl
 
 _DELETE = """
 UPDATE broker.queues
-SET deleted_at = statement_timestamp(), updated_at = statement_timestamp()
+SET deleted_at = statement_timestamp(), updated_at = statement_timestamp(), dead_letter_queue_id = NULL
 WHERE name = %(queue)s AND deleted_at IS NULL
 RETURNING id
+"""
+
+_NAMED_BY = """
+SELECT s.name
+FROM broker.queues q
+JOIN broker.queues s ON s.dead_letter_queue_id = q.id AND s.deleted_at IS NULL
+WHERE q.name = %(queue)s AND q.deleted_at IS NULL
+ORDER BY s.name
+LIMIT 1
 """
 
 # A queue that was deleted by an earlier, incomplete call, as long as it still has messages.
@@ -260,13 +351,30 @@ async def delete(database: Database, queue: str) -> tuple[int, bool]:
     """Delete a queue: gone for everybody with one update, then its messages in bounded transactions.
 
     Returns how many messages were removed, and whether all are. Raises QueueNotFound, and QueueInUse for
-    the queue `default`.
+    the queue `default` and for one that is another's dead_letter_queue.
     """
     if queue == "default":
         raise QueueInUse(queue=queue, reason="it always exists; empty it with purge_queue")
-    row = await database.write(lambda connection: _first_row(connection, _DELETE, queue))
+    deadline = time.monotonic() + database.request_timeout
+    row = await database.write(lambda connection: _delete(connection, queue))
+    is_deleted = row is not None
     if row is None:
         row = await database.read(lambda connection: _first_row(connection, _DELETED, queue))
     if row is None:
         raise QueueNotFound(queue=queue)
-    return await _purge_until(database, row[0], 2**63 - 1)
+    try:
+        return await _purge_until(database, row[0], 2**63 - 1, deadline)
+    except BrokerError:
+        if is_deleted:
+            return 0, False  # the queue is gone, whatever became of its messages
+        raise
+
+
+async def _delete(connection: Connection, queue: str) -> tuple[Any, ...] | None:
+    async with connection.transaction():
+        await connection.execute(_LOCK_QUEUES)
+        named_by = await _first_row(connection, _NAMED_BY, queue)
+        if named_by is not None:
+            reason = f"it is the dead_letter_queue of {named_by[0]}; name another one there with update_queue"
+            raise QueueInUse(queue=queue, reason=reason)
+        return await _first_row(connection, _DELETE, queue)

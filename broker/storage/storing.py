@@ -6,13 +6,13 @@ Why the statement is written as it is stands in `messages.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import msgspec
 
-from broker.errors import BrokerError, MessageTooLarge, QueueFull, QueueNotFound
+from broker.errors import BrokerError, IdempotencyConflict, MessageTooLarge, QueueFull, QueueNotFound
 from broker.model import NewMessage
 from broker.storage.binary import Int4Array, TextArray
 from broker.storage.database import Connection, one_line
@@ -20,13 +20,10 @@ from broker.storage.database import Connection, one_line
 # Up to this many messages a queue's max_messages is checked by counting; beyond, by what the sweeper counted.
 COUNTED_MAX_MESSAGES = 10_000
 
-# Locks: none but those of the rows it inserts. Two at once: each stores its own messages; ids are given in
-# the order of the statements, and within a statement in the order of the input. A call is stored whole or
-# not at all: one refused message keeps back the others of its call, and none of any other call. What is
-# stored is stamped after the transaction has its id, as low_water.py asks for.
-_ENQUEUE = one_line("""
-/* enqueue */
-WITH target AS MATERIALIZED (
+# The queues that are stored into, in the order of the input. `size` is about how many messages a queue holds, where its
+# max_messages asks for it.
+TARGET = """
+target AS MATERIALIZED (
     SELECT
         w.n, q.id, q.delay, q.message_ttl, q.max_message_bytes, q.max_messages,
         CASE
@@ -38,7 +35,7 @@ WITH target AS MATERIALIZED (
                     WHERE m.queue_id = q.id
                         AND (
                             m.expires_at IS NULL OR m.expires_at > statement_timestamp()
-                            OR (m.lane = 1 AND m.visible_at > statement_timestamp())
+                            OR (m.lane > 0 AND m.visible_at > statement_timestamp())
                         )
                     LIMIT q.max_messages
                 ) AS c
@@ -50,6 +47,19 @@ WITH target AS MATERIALIZED (
     FROM unnest(%(queues)b::text[]) WITH ORDINALITY AS w (name, n)
     LEFT JOIN broker.queues q ON q.name = w.name AND q.deleted_at IS NULL
 ),
+"""
+
+# Locks: none but those of the rows it inserts. Two at once: each stores its own messages; ids are given in
+# the order of the statements, and within a statement in the order of the input. A call is stored whole or
+# not at all: one refused message keeps back the others of its call, and none of any other call. What is
+# stored is stamped after the transaction has its id, as low_water.py asks for.
+_ENQUEUE = one_line(
+    """
+/* enqueue */
+WITH
+"""
+    + TARGET
+    + """
 input AS MATERIALIZED (
     SELECT
         i.call, i.body, i.headers, i.sender,
@@ -109,7 +119,8 @@ SELECT
             ) AS i
         )
     END
-""")
+"""
+)
 
 
 class EnqueueCall(msgspec.Struct, frozen=True):
@@ -117,20 +128,39 @@ class EnqueueCall(msgspec.Struct, frozen=True):
 
     queue: str
     messages: Sequence[NewMessage]
+    has_keys: bool = False
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """What a call has stored: the message ids in order, and the shortest delay among them in seconds."""
+    """What a call has stored: the message ids in order, and the shortest delay among them in seconds.
+
+    `duplicates` are the places of the messages that had been stored before, under the same key.
+    """
 
     ids: list[int]
     shortest_delay: float
+    duplicates: frozenset[int] = frozenset()
 
 
 async def enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list[Stored | BrokerError]:
     """Store the messages of several calls; return for each call what it stored, or why it stored none.
 
-    An error's `index` is the position of the message that caused it within its call.
+    An error's `index` is the position of the message that caused it within its call. Does not look at idempotency
+    keys: where a message has one, `idempotency.enqueue` is to be used.
     """
+    row = await fetch(connection, _ENQUEUE, params_of(calls))
+    # Numbers rise in the order of the input, in whatever order the rows come back.
+    ids = iter(sorted(row[0] or ()))
+    delays = delays_of(calls, row[1])
+    refusals = refusals_of(calls, row[2])
+    return [
+        refusals.get(number) or Stored(list(islice(ids, len(call.messages))), shortest_delay(call, delays))
+        for number, call in enumerate(calls)
+    ]
+
+
+def params_of(calls: Sequence[EnqueueCall]) -> dict[str, Any]:
+    """Return what a statement that stores these calls' messages is sent."""
     targets: dict[str, int] = {}
     sizes: list[int] = []
     new: list[NewMessage] = []
@@ -147,32 +177,25 @@ async def enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list[
             numbers.append(number)
             of_target.append(target)
             places.append(sizes[target - 1])
-    cursor = await connection.execute(
-        _ENQUEUE,
-        {
-            "queues": list(targets),
-            "calls": Int4Array(numbers),
-            "targets": Int4Array(of_target),
-            "places": Int4Array(places),
-            "bodies": TextArray([message.body.encode() for message in new]),
-            "headers": _none_if_all_are([message.headers for message in new]),
-            "senders": _none_if_all_are([message.sender for message in new]),
-            "delays": _none_if_all_are([message.delay for message in new]),
-            "ttls": _none_if_all_are([message.ttl for message in new]),
-            "counted_max_messages": COUNTED_MAX_MESSAGES,
-        },
-        binary=True,
-    )
-    row = await cursor.fetchone()
+    return {
+        "queues": list(targets),
+        "calls": Int4Array(numbers),
+        "targets": Int4Array(of_target),
+        "places": Int4Array(places),
+        "bodies": TextArray([message.body.encode() for message in new]),
+        "headers": _none_if_all_are([message.headers for message in new]),
+        "senders": _none_if_all_are([message.sender for message in new]),
+        "delays": _none_if_all_are([message.delay for message in new]),
+        "ttls": _none_if_all_are([message.ttl for message in new]),
+        "counted_max_messages": COUNTED_MAX_MESSAGES,
+    }
+
+
+async def fetch(connection: Connection, statement: str, params: dict[str, Any]) -> tuple[Any, ...]:
+    """Run a statement that returns one row."""
+    row = await (await connection.execute(statement, params, binary=True)).fetchone()
     assert row is not None, "a select without FROM returns one row"
-    # Numbers rise in the order of the input, in whatever order the rows come back.
-    ids = iter(sorted(row[0] or ()))
-    refusals = _refusals(calls, row[2])
-    return [
-        refusals.get(number)
-        or Stored(list(islice(ids, len(call.messages))), _shortest_delay(call, row[1][targets[call.queue] - 1]))
-        for number, call in enumerate(calls)
-    ]
+    return row
 
 
 def _none_if_all_are(values: list[Any]) -> list[Any] | None:
@@ -180,11 +203,18 @@ def _none_if_all_are(values: list[Any]) -> list[Any] | None:
     return None if all(value is None for value in values) else values
 
 
-def _shortest_delay(call: EnqueueCall, of_queue: float) -> float:
-    return min(of_queue if message.delay is None else message.delay for message in call.messages)
+def delays_of(calls: Sequence[EnqueueCall], delays: Sequence[float]) -> dict[str, float]:
+    """Return each queue's delay; they came in the order in which `calls` name the queues."""
+    return dict(zip(dict.fromkeys([call.queue for call in calls]), delays, strict=True))
 
 
-def _refusals(calls: Sequence[EnqueueCall], refused: msgspec.Raw | None) -> dict[int, BrokerError]:
+def shortest_delay(call: EnqueueCall, of_queues: Mapping[str, float]) -> float:
+    """Return in how many seconds the first of a call's messages becomes visible."""
+    of_queue = of_queues[call.queue]
+    return min([of_queue if message.delay is None else message.delay for message in call.messages])
+
+
+def refusals_of(calls: Sequence[EnqueueCall], refused: msgspec.Raw | None) -> dict[int, BrokerError]:
     """Return for each call that was refused the error of its first message that is to blame."""
     errors: dict[int, BrokerError] = {}
     seen: Counter[int] = Counter()
@@ -197,6 +227,8 @@ def _refusals(calls: Sequence[EnqueueCall], refused: msgspec.Raw | None) -> dict
         match refusal:
             case "queue_not_found":
                 errors[number] = QueueNotFound(queue=queue, index=index)
+            case "idempotency_conflict":
+                errors[number] = IdempotencyConflict(key=calls[number].messages[index].idempotency_key, index=index)
             case "message_too_large":
                 errors[number] = MessageTooLarge(queue=queue, limit=max_message_bytes, given=body_bytes, index=index)
             case "queue_full":

@@ -21,7 +21,16 @@ SELECT
         FROM broker.messages
         WHERE expires_at IS NOT NULL
             AND greatest(expires_at, visible_at) <= statement_timestamp()
+            AND (lane < 2 OR visible_at >= expires_at)
     ),
+    EXISTS (
+        SELECT
+        FROM broker.messages
+        WHERE lane = 2 AND visible_at <= statement_timestamp()
+            AND (expires_at IS NULL OR expires_at > visible_at)
+    ),
+    EXISTS (SELECT FROM broker.queues WHERE max_receives_lowered_at IS NOT NULL AND deleted_at IS NULL),
+    EXISTS (SELECT FROM broker.idempotency_keys WHERE expires_at <= statement_timestamp()),
     EXISTS (SELECT FROM broker.queues WHERE deleted_at IS NOT NULL),
     EXISTS (SELECT FROM broker.queue_sizes)
         OR EXISTS (SELECT FROM broker.queues WHERE max_messages > %(counted_max_messages)s)
@@ -32,6 +41,9 @@ class Chores(NamedTuple):
     """What there may be to do."""
 
     expired: bool
+    exhausted: bool
+    lowered_max_receives: bool
+    idempotency_keys: bool
     deleted_queues: bool
     sizes: bool
 
@@ -45,13 +57,14 @@ async def chores(connection: Connection) -> Chores:
 
 
 # Locks: the rows it picks, waiting for none. Two at once remove different rows. A message that is held lies in
-# the future part of the index until its lease ends.
+# the future part of the index until its lease ends. What has used up its deliveries before it expired is a dead letter.
 _REMOVE_EXPIRED = """
 WITH expired AS MATERIALIZED (
     SELECT queue_id, id
     FROM broker.messages
     WHERE expires_at IS NOT NULL
         AND greatest(expires_at, visible_at) <= statement_timestamp()
+        AND (lane < 2 OR visible_at >= expires_at)
     ORDER BY greatest(expires_at, visible_at)
     LIMIT %(batch)s
     FOR UPDATE SKIP LOCKED
@@ -73,6 +86,28 @@ async def remove_expired(connection: Connection, batch: int) -> dict[str, int]:
     """Remove up to `batch` messages that have expired and are held by nobody; return how many a queue."""
     cursor = await connection.execute(_REMOVE_EXPIRED, {"batch": batch})
     return dict(await cursor.fetchall())
+
+
+# Locks: the rows it picks, waiting for none. An enqueue that has found such a key waits until it is gone, and uses it
+# anew.
+_FORGET_KEYS = """
+WITH ended AS MATERIALIZED (
+    SELECT queue_id, key
+    FROM broker.idempotency_keys
+    WHERE expires_at <= statement_timestamp()
+    ORDER BY expires_at
+    LIMIT %(batch)s
+    FOR UPDATE SKIP LOCKED
+)
+DELETE FROM broker.idempotency_keys k
+USING ended e
+WHERE k.queue_id = ANY (ARRAY[e.queue_id]) AND k.key = e.key
+"""
+
+
+async def forget_keys(connection: Connection, batch: int) -> int:
+    """Remove up to `batch` idempotency keys whose time is over; return how many."""
+    return (await connection.execute(_FORGET_KEYS, {"batch": batch})).rowcount
 
 
 # Locks: the one row of broker.sweeps; where another broker has it, that one is counting and there is nothing

@@ -1,0 +1,156 @@
+"""Random faults under load, then a drain, then the check of all that clients did and saw.
+
+    make soak ARGS='--seed 7 --faults 50'
+    make soak ARGS='--seconds 3600'
+
+A seed decides which faults come in which order, for how long, and what clients do; how these fall together it does not.
+Exit code 1 where a promise was broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import uvloop
+
+from brokers import Deployment, running_deployment
+from history import Verdict, check
+from load import Load
+from nemesis import Nemesis
+
+QUEUE = "default"
+LEASE_SECONDS = 4.0
+PRODUCERS = 3
+CONSUMERS = 4
+# Between two faults.
+QUIET_SECONDS = (0.2, 1.0)
+# The queue should be empty so long after the last fault; ten times that is given up.
+DRAIN_SECONDS = LEASE_SECONDS + 5
+# Messages that may come again: this share of all deliveries. A fault brings some whatever the load, so a machine that
+# is too slow for much load is allowed so many for each.
+DUPLICATED_SHARE = 0.02
+DUPLICATED_PER_FAULT = 10
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Outcome:
+    """What a soak came to."""
+
+    seed: int
+    faults: Counter[str]
+    verdict: Verdict
+    drain_seconds: float
+    left: int
+    signs: list[str]
+    seconds: float
+
+    @property
+    def violations(self) -> dict[str, Any]:
+        """Return everything that must not be."""
+        found: dict[str, Any] = dict(self.verdict.violations)
+        allowed = max(DUPLICATED_SHARE * self.verdict.deliveries, DUPLICATED_PER_FAULT * self.faults.total())
+        if self.verdict.duplicated.total() > allowed:
+            found["duplicated"] = dict(self.verdict.duplicated)
+        if self.left:
+            found["left in the queue"] = self.left
+        if self.signs:
+            found["logs"] = self.signs
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "seconds": round(self.seconds, 1),
+            "faults": dict(self.faults),
+            **self.verdict.summary(),
+            "drain_seconds": round(self.drain_seconds, 1),
+            "violations": self.violations,
+        }
+
+
+async def soak(seed: int, *, faults: int | None = None, seconds: float | None = None, say: Say) -> Outcome:
+    """Let so many faults happen, or faults for so long, under load; return what was found after a drain."""
+    began_at = time.monotonic()
+    async with running_deployment() as deployment:
+        load = Load(deployment.folder, deployment.urls, seed=seed, lease_seconds=LEASE_SECONDS, queue=QUEUE)
+        try:
+            for _ in range(PRODUCERS):
+                load.start("produce")
+            for _ in range(CONSUMERS):
+                load.start("consume")
+            struck = await _strike(deployment, load, seed, faults=faults, seconds=seconds, say=say)
+            drain_seconds, left = await drain(deployment, load)
+            say(f"drained in {drain_seconds:.1f} s")
+        finally:
+            await load.close()
+        signs = deployment.bad_signs() + load.accidents()
+        return Outcome(seed, struck, check(load.events()), drain_seconds, left, signs, time.monotonic() - began_at)
+
+
+async def _strike(
+    deployment: Deployment, load: Load, seed: int, *, faults: int | None, seconds: float | None, say: Say
+) -> Counter[str]:
+    nemesis = Nemesis(deployment, load, seed)
+    quiet = random.Random(seed)
+    struck: Counter[str] = Counter()
+    began_at = time.monotonic()
+
+    def goes_on() -> bool:
+        return struck.total() < faults if faults is not None else time.monotonic() - began_at < (seconds or 0)
+
+    while goes_on():
+        await asyncio.sleep(quiet.uniform(*QUIET_SECONDS))
+        kind, about = await nemesis.strike()
+        struck[kind] += 1
+        of = f"/{faults}" if faults is not None else ""
+        say(f"{time.monotonic() - began_at:7.1f} s  {struck.total()}{of}  {kind} {about}")
+    return struck
+
+
+async def drain(deployment: Deployment, load: Load) -> tuple[float, int]:
+    """Let producers finish and consumers take all there is; return how many seconds that took, and what is left."""
+    began_at = time.monotonic()
+    await load.finish("produce")
+    counting = "SELECT count(*) FROM broker.messages m JOIN broker.queues q ON q.id = m.queue_id WHERE q.name = %s"
+    left = -1
+    while left and time.monotonic() - began_at < 10 * DRAIN_SECONDS:
+        await asyncio.sleep(0.05)
+        [(left,)] = await deployment.pair.primary.query(counting, [QUEUE])
+    drain_seconds = time.monotonic() - began_at
+    await load.finish("consume")
+    return drain_seconds, left
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Let random faults happen to brokers, clients and PostgreSQL.")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="default: any")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--faults", type=int, help="how many; default: 25")
+    length.add_argument("--seconds", type=float, help="for how long")
+    chosen = parser.parse_args()
+    if chosen.seconds is None and chosen.faults is None:
+        chosen.faults = 25
+    length_flag = f"--faults {chosen.faults}" if chosen.seconds is None else f"--seconds {chosen.seconds:g}"
+    print(f"seed {chosen.seed}; to repeat: make soak ARGS='--seed {chosen.seed} {length_flag}'", flush=True)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    outcome = uvloop.run(soak(chosen.seed, faults=chosen.faults, seconds=chosen.seconds, say=say))
+    print(json.dumps(outcome.summary(), indent=1))
+    return 1 if outcome.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
