@@ -7,9 +7,10 @@ PYTHON ?=
 ARGS ?=
 # The PostgreSQL that test-postgresql, test-faults and soak use.
 PG_BIN ?= /usr/lib/postgresql/15/bin
-# Tests that are not about what a database does; test-postgresql leaves them out.
-NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,benchmarks cli client connections docs examples packaging readme rpc schema \
-	transport)
+# Tests that are not about what a database does, and those of processes that are killed, of which test-faults has its
+# own; test-postgresql leaves them out.
+NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,benchmarks cli client connections docs examples packaging processes readme \
+	rpc schema transport)
 
 VENV = .venv
 PY = $(VENV)/bin/python

@@ -457,7 +457,9 @@ async def test_the_outcome_of_a_call_whose_connection_breaks_is_unknown_and_of_a
 async def test_calls_to_a_database_that_hangs_are_answered_in_time_and_served_when_it_goes_on(
     start: Start, data_dir: Path, http: aiohttp.ClientSession
 ) -> None:
-    broker = await (await start("--data-dir", str(data_dir), "--request-timeout", "1")).ready()
+    # A sweep would take the idle connection of the pool.
+    options = ("--request-timeout", "1", "--sweep-interval", "3600")
+    broker = await (await start("--data-dir", str(data_dir), *options)).ready()
     await call(http, broker.url, "enqueue", body="before")
     (message,) = (await call(http, broker.url, "dequeue", visibility_timeout=600))["messages"]
     receipt = message["receipt"]
