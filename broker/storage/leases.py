@@ -46,7 +46,7 @@ deleted AS (
         AND m.queue_id = ANY (ARRAY[w.queue_id]) AND m.id = w.id
         AND uuid_send(m.lease_token) = w.token
     RETURNING w.n, m.expires_at IS NOT NULL AND greatest(m.expires_at, m.visible_at) <= statement_timestamp()
-        AS is_expired
+        AND (m.lane < 2 OR m.visible_at >= m.expires_at) AS is_expired
 )
 -- What was deleted, what somebody else was quicker with, and of what the lease is lost.
 SELECT
@@ -64,6 +64,7 @@ FROM (
                 WHERE (-e.id) = ANY (ARRAY[-w.id]) AND e.moved_at IS NOT NULL
             )
             ELSE m.expires_at IS NOT NULL AND greatest(m.expires_at, m.visible_at) <= statement_timestamp()
+                AND (m.lane < 2 OR m.visible_at >= m.expires_at)
         END AS is_gone,
         m.lease_token IS NOT NULL AND uuid_send(m.lease_token) = w.token AS is_newest
     FROM wanted w
