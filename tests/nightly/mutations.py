@@ -152,7 +152,7 @@ MUTATIONS = (
         "the notice that no standby has confirmed is ignored",
         "broker/storage/database.py",
         (("if diagnostic.source_function == STOPPED_WAITING:", "if False:"),),
-        (UNCONFIRMED,),
+        (UNCONFIRMED + "[plain-False-terminate]", UNCONFIRMED + "[several-True-cancel]"),
     ),
     Mutation(
         "at most once: the message is leased, not removed",

@@ -11,12 +11,13 @@ from typing import Any
 
 import aiohttp
 
-from brokers import REQUEST_TIMEOUT, answer
+from brokers import REQUEST_TIMEOUT, answer, call
 from load import Load
 from pair import PATIENCE, Pair, folder_for_servers
 from parts import Options, Result, Say
 from under_load import acknowledged, at_work, judge
 
+PROBES = "probes"
 AWAY_SECONDS = 60
 QUICK_AWAY_SECONDS = 15
 BROKERS = 2
@@ -42,6 +43,7 @@ async def run(options: Options, say: Say) -> AsyncIterator[Result]:
                 at_work(folder, pair.nodes, options.seed, brokers=BROKERS) as (brokers, load),
                 aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
             ):
+                await call(http, brokers[0].url, "create_queue", queue=PROBES)
                 before = len(acknowledged(load))
                 await asyncio.sleep(BASELINE_SECONDS)
                 rate = (len(acknowledged(load)) - before) / BASELINE_SECONDS
@@ -115,8 +117,7 @@ class Prober:
 
     async def _write(self, url: str) -> None:
         while True:
-            # Nobody consumes these; they end by themselves.
-            error, seconds = await self._ask(url, "enqueue", queue="default", body="probe", ttl=0.001)
+            error, seconds = await self._ask(url, "enqueue", queue=PROBES, body="probe", ttl=1)
             if error is None:
                 self.told["stored"] += 1
             else:
