@@ -92,7 +92,7 @@ class Node:
         variables = [f"{name}={value}" for name, value in self.variables.items()]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*_as_account(), "env", *variables, str(PG_BIN / "postgres"), "-D", str(self._data), *words],
+                [*as_account(), "env", *variables, str(PG_BIN / "postgres"), "-D", str(self._data), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -283,7 +283,7 @@ async def until(fact: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-def _as_account() -> list[str]:
+def as_account() -> list[str]:
     """Return the words that start a program as PostgreSQL's account, and let it die with this process.
 
     runuser and su stay as parents, and stop themselves when their child is stopped.
@@ -297,7 +297,7 @@ def _as_account() -> list[str]:
 
 async def _run(program: str, *words: object) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(*_as_account(), str(PG_BIN / program), *map(str, words)),
+        *(*as_account(), str(PG_BIN / program), *map(str, words)),
         cwd="/",
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

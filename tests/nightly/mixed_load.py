@@ -44,7 +44,8 @@ async def run(options: Options, say: Say) -> AsyncIterator[Result]:
                     about = {"max_receives": 5, "dead_letter_queue": "dead", "max_messages": 5000}
                     await call(http, brokers[0].url, "create_queue", queue=queue, idempotency_window=1, **about)
                 urls = [broker.url for broker in brokers]
-                workers = [Worker(http, urls, random.Random(f"{options.seed} {n}")) for n in range(WORKERS)]
+                receipts: list[str] = []
+                workers = [Worker(http, urls, random.Random(f"{options.seed} {n}"), receipts) for n in range(WORKERS)]
                 until = time.monotonic() + seconds
                 tasks = [asyncio.create_task(worker.work(until)) for worker in workers]
                 while time.monotonic() < until:
@@ -70,13 +71,12 @@ async def run(options: Options, say: Say) -> AsyncIterator[Result]:
 class Worker:
     """A client that does whatever comes to its mind, to messages that others hold too."""
 
-    # Receipts that all workers share.
-    _receipts: list[str] = []
-
-    def __init__(self, http: aiohttp.ClientSession, urls: list[str], rng: random.Random) -> None:
+    def __init__(self, http: aiohttp.ClientSession, urls: list[str], rng: random.Random, receipts: list[str]) -> None:
         self._http = http
         self._urls = urls
         self._random = rng
+        # All workers share them.
+        self._receipts = receipts
         self.calls: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
 

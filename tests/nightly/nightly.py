@@ -109,14 +109,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="default: any")
     parser.add_argument("--quick", action="store_true", help="a fraction of the size")
     parser.add_argument("--times", type=int, help="so many cuts, kills, seeds or minutes, in place of a part's own")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="mutations with this in their names"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary there")
     chosen = parser.parse_args()
     unknown = set(chosen.parts) - PARTS.keys()
     if unknown:
         parser.error(f"no part is called {', '.join(sorted(unknown))}")
     names = chosen.parts or list(PARTS)
-    options = Options(chosen.seed, chosen.quick, chosen.times)
-    print(f"seed {options.seed}; to repeat: make test-nightly ARGS='{' '.join(names)} --seed {options.seed}'", flush=True)
+    options = Options(chosen.seed, chosen.quick, chosen.times, tuple(chosen.only))
+    say(f"seed {options.seed}; to repeat: make test-nightly ARGS='{' '.join(names)} --seed {options.seed}'")
     results = uvloop.run(run(names, options))
     print(f"\n{table(results)}\n")
     summary = as_json(results, options)

@@ -10,11 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for: `is_quick` for a fraction of the size, `times` in place of a part's own number."""
+    """What was asked for: `is_quick` for a fraction of the size, `times` in place of a part's own number.
+
+    Of the mutations only those with one of `only` in their names.
+    """
 
     seed: int
     is_quick: bool = False
     times: int | None = None
+    only: tuple[str, ...] = ()
 
     def number(self, full: int, quick: int) -> int:
         """Return how often something is to be done."""

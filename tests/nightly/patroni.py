@@ -14,9 +14,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ import aiohttp
 
 from brokers import Broker, answer, call
 from load import Load
-from pair import PG_BIN, Node, _as_account, _signal, folder_for_servers, free_port
+from packages import CannotInstall, install, unpack
+from pair import PG_BIN, Node, as_account, folder_for_servers, free_port
 from parts import Options, Result, Say
-from under_load import at_work, command, judge
+from under_load import at_work, judge
 
 PYTHON = Path("/usr/bin/python3")  # one that PostgreSQL's account may run
 PACKAGES = ("patroni[etcd3]", "psycopg[binary]")
@@ -41,23 +41,23 @@ DCS_OUTAGE_SECONDS = 15
 PATIENCE = 240.0
 PR_SET_CHILD_SUBREAPER = 36
 # What is aimed at; a machine that does other things too is granted twice as much.
-AIMS = {"primary killed": 5.0, "machine killed": TTL_SECONDS + 5.0, "machine hung": TTL_SECONDS + 10.0, "etcd hung": 1.0}
-
-
-class CannotInstall(Exception):
-    """Says what is missing."""
+AIMS = {
+    "primary killed": 5.0,
+    "machine killed": TTL_SECONDS + 5.0,
+    "machine hung": TTL_SECONDS + 10.0,
+    "etcd hung": 1.0,
+}
 
 
 async def run(options: Options, say: Say) -> AsyncIterator[Result]:
-    with folder_for_servers() as folder, adopting_orphans():
+    with folder_for_servers() as folder:
         try:
-            await install(folder)
+            await asyncio.to_thread(install, folder / "env", PYTHON, *PACKAGES)
+            await asyncio.to_thread(unpack, folder / "debian", *DEBIAN_PACKAGES)
         except CannotInstall as error:
             yield Result("Patroni", skipped=str(error))
             return
-        cluster = Cluster(folder)
-        try:
-            await cluster.start()
+        async with adopting_orphans(), running_cluster(folder) as cluster:
             say("three servers are up, one of them a synchronous standby")
             async with at_work(folder, cluster.members, options.seed, brokers=2) as (brokers, load):
                 async with aiohttp.ClientSession() as http:
@@ -68,8 +68,16 @@ async def run(options: Options, say: Say) -> AsyncIterator[Result]:
                 leader = await cluster.leader()
                 await judge(everything, leader, brokers, load)
                 yield everything
-        finally:
-            await cluster.close()
+
+
+@contextlib.asynccontextmanager
+async def running_cluster(folder: Path) -> AsyncIterator[Cluster]:
+    cluster = Cluster(folder)
+    try:
+        await cluster.start()
+        yield cluster
+    finally:
+        await cluster.close()
 
 
 async def faults(
@@ -173,7 +181,7 @@ class Member(Node):
     def start_agent(self) -> None:
         with (self._folder / f"{self.name}.patroni.log").open("ab") as log:
             self._agent = subprocess.Popen(
-                [*_as_account(), str(self._folder / "env/bin/patroni"), str(self._configuration)],
+                [*as_account(), str(self._folder / "env/bin/patroni"), str(self._configuration)],
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -187,24 +195,17 @@ class Member(Node):
 
     async def kill(self) -> None:
         postmaster = self._postmaster()
-        dead = set(self._pids())
-        _signal([postmaster], signal.SIGSTOP)
+        send([postmaster], signal.SIGSTOP)
         while pids := set(self._pids()) - {postmaster}:
-            dead |= pids
-            _signal(pids, signal.SIGKILL)
+            send(pids, signal.SIGKILL)
             await asyncio.sleep(0.001)
-        _signal([postmaster], signal.SIGKILL)
-        # Orphans are ours; PostgreSQL is not started again while its old process can be seen.
-        for pid in dead:
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(pid, os.WNOHANG) == (0, 0):
-                    await asyncio.sleep(0.001)
+        send([postmaster], signal.SIGKILL)
 
     def pause(self) -> None:
         assert self._agent is not None
         self._agent.send_signal(signal.SIGSTOP)
-        _signal([self._postmaster()], signal.SIGSTOP)
-        _signal(self._pids(), signal.SIGSTOP)
+        send([self._postmaster()], signal.SIGSTOP)
+        send(self._pids(), signal.SIGSTOP)
 
     def resume(self) -> None:
         assert self._agent is not None
@@ -294,9 +295,10 @@ class Cluster:
             "--initial-advertise-peer-urls": peer,
             "--initial-cluster": f"etcd={peer}",
         }
+        flags = [word for flag in words.items() for word in flag]
         with (self._folder / "etcd.log").open("wb") as log:
             self.etcd = subprocess.Popen(
-                [*_as_account(), str(self._folder / "debian/usr/bin/etcd"), *(w for word in words.items() for w in word)],
+                [*as_account(), str(self._folder / "debian/usr/bin/etcd"), *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -336,40 +338,47 @@ class Cluster:
             for member in self.members:
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                     async with http.get(f"http://127.0.0.1:{member.rest_port}/cluster") as response:
+                        response.raise_for_status()
                         found: list[dict[str, Any]] = (await response.json())["members"]
                         return found
         return []
 
 
-async def install(folder: Path) -> None:
-    """Put Patroni into `folder / "env"` and etcd into `folder / "debian"`. Raises CannotInstall."""
-    if not PYTHON.exists():
-        raise CannotInstall(f"there is no {PYTHON}, which PostgreSQL's account could run")
-    environment = folder / "env"
-    try:
-        await asyncio.to_thread(command, PYTHON, "-m", "venv", "--without-pip", environment)
-        pip = (sys.executable, "-m", "pip", "--python", environment / "bin/python", "install", "-qq")
-        await asyncio.to_thread(command, *pip, "--disable-pip-version-check", *PACKAGES)
-        await asyncio.to_thread(unpack, folder / "debian", DEBIAN_PACKAGES)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise CannotInstall(f"Patroni or etcd cannot be installed: {error}") from error
+def send(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
-def unpack(folder: Path, packages: tuple[str, ...]) -> None:
-    """Fetch packages of Debian and unpack them into a folder; nothing is installed. Raises what `command` raises."""
-    folder.mkdir()
-    for package in packages:
-        subprocess.run(["apt-get", "-qq", "download", package], cwd=folder, check=True, capture_output=True)
-    for file in folder.glob("*.deb"):
-        command("dpkg", "-x", file, folder)
+@contextlib.asynccontextmanager
+async def adopting_orphans() -> AsyncIterator[None]:
+    """Be the parent of servers, which their agents leave, and bury them soon.
 
-
-@contextlib.contextmanager
-def adopting_orphans() -> Iterator[None]:
-    """Be the parent of servers whose agent has died, so that they do not stay behind as zombies."""
+    Not every init does that at once, and Patroni waits until a server that has ended cannot be seen any more.
+    """
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    burying = asyncio.create_task(bury_servers())
     try:
         yield
     finally:
+        burying.cancel()
+        bury_dead_servers()
         prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+async def bury_servers() -> None:
+    while True:
+        bury_dead_servers()
+        await asyncio.sleep(0.1)
+
+
+def bury_dead_servers() -> None:
+    """Reap what has ended, is a child of ours, and is called postgres; other children are waited for elsewhere."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                name, _, rest = (entry / "stat").read_text().rpartition(")")
+                state, parent = rest.split()[:2]
+                if (state, int(parent)) == ("Z", os.getpid()) and name.endswith("(postgres"):
+                    os.waitpid(int(entry.name), os.WNOHANG)

@@ -1,4 +1,7 @@
-"""The only synchronous standby hangs for a minute: answers are quick, PostgreSQL keeps its connections, nothing is lost."""
+"""The only synchronous standby hangs for a minute.
+
+Answers are quick, the broker does not use up the connections of PostgreSQL, and nothing is lost.
+"""
 
 from __future__ import annotations
 
