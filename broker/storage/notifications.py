@@ -41,7 +41,9 @@ LOOK_FOR_OTHERS_SECONDS = 60.0
 # After a notification, how long further news are gathered.
 PAUSE_SECONDS = 0.02
 
-_NOTIFY = "SELECT pg_notify(%(channel)s, %(payload)s)"
+# A notification needs no place on disk; its commit must not wait for one. Set for this transaction alone: a pooler may
+# give the session to somebody who needs his messages on disk.
+_NOTIFY = "SELECT set_config('synchronous_commit', 'off', true), pg_notify(%(channel)s, %(payload)s)"
 
 # Waits for nobody: all who take this lock share it.
 _TAKE_PART = "SELECT pg_advisory_lock_shared(%(lock)s)"
@@ -110,9 +112,6 @@ class Notifications:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _send(self, connection: Connection) -> None:
-        # A notification needs no place on disk; its commit must not wait for one.
-        with deadline(connection, ANSWER_SECONDS):
-            await connection.execute("SET synchronous_commit = off")
         while True:
             await self._has_pending.wait()
             batch = [self._pending.pop(name) for name in list(self._pending)[:NEWS_PER_NOTIFICATION]]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pair import ACCOUNT, Node, folder_for_servers
 from parts import Options, Result, Say
-from under_load import acknowledged, at_work, command, judge, what_mounting_needs
+from under_load import acknowledged, at_work, command, judge, unmount, what_mounting_needs
 
 CUTS = 20
 QUICK_CUTS = 4
@@ -45,7 +45,7 @@ class Disk:
         node.pause()
         command("cp", "--sparse=always", self._image, self._next_image)
         await node.kill()
-        command("umount", self.folder)
+        unmount(self.folder)
         self._image, self._next_image = self._next_image, self._image
         self._mount()
 
@@ -66,8 +66,7 @@ def made_disk(folder: Path) -> Iterator[Disk]:
         try:
             yield Disk(folder, Path(images))
         finally:
-            with contextlib.suppress(Exception):
-                command("umount", folder)
+            unmount(folder)
 
 
 @contextlib.asynccontextmanager

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ LEASE_SECONDS = 4.0
 PRODUCERS = 4
 # The queue should be empty so long after the load has ended; many times that is given up.
 DRAIN_PATIENCE = 120.0
+UNMOUNT_ATTEMPTS = 50
 
 
 @contextlib.asynccontextmanager
@@ -91,8 +93,19 @@ def mounted(words: Sequence[object], at: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.path.ismount(at):
-            command("umount", at)
+        unmount(at)
+
+
+def unmount(at: Path) -> None:
+    """Unmount what is mounted there; processes that have just been killed may hold it for a moment."""
+    for _ in range(UNMOUNT_ATTEMPTS):
+        if not os.path.ismount(at):
+            return
+        with contextlib.suppress(subprocess.CalledProcessError):
+            command("umount", "-q", at)
+            return
+        time.sleep(0.1)
+    command("umount", "-l", at)
 
 
 def command(*words: object) -> None:
