@@ -41,9 +41,8 @@ LOOK_FOR_OTHERS_SECONDS = 60.0
 # After a notification, how long further news are gathered.
 PAUSE_SECONDS = 0.02
 
-# A notification needs no place on disk; its commit must not wait for one. Set for this transaction alone: a pooler may
-# give the session to somebody who needs his messages on disk.
-_NOTIFY = "SELECT set_config('synchronous_commit', 'off', true), pg_notify(%(channel)s, %(payload)s)"
+# Its commit waits for no disk and no standby, because nothing but the notification is in its transaction.
+_NOTIFY = "SELECT pg_notify(%(channel)s, %(payload)s)"
 
 # Waits for nobody: all who take this lock share it.
 _TAKE_PART = "SELECT pg_advisory_lock_shared(%(lock)s)"

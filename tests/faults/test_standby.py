@@ -15,14 +15,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
+import psycopg
 import pytest
 
 from broker.errors import BrokerError, Unavailable
 from broker.model import NewMessage, message_id_of
-from broker.storage import inspection, queues
+from broker.storage import inspection, notifications, queues
 from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database
 from broker.storage.migrate import migrate
+from broker.storage.sessions import deadline
 from brokers import REQUEST_TIMEOUT, Deployment, answer, call, running_deployment
 from pair import PATIENCE, Pair, running_pair, until
 
@@ -248,6 +250,14 @@ async def test_while_the_standby_is_away_writes_are_refused_at_once_reads_go_on_
     found = {number for (number,) in await pair.primary.query("SELECT body::text::int FROM broker.messages")}
     assert clients.stored - found == set(), "acknowledged and lost"
     assert found - clients.stored - clients.unknown == set(), "nobody was told that this may have been stored"
+
+
+async def test_news_wait_for_no_standby(pair: Pair) -> None:
+    async with await psycopg.AsyncConnection.connect(pair.primary.conninfo, autocommit=True) as connection:
+        pair.standby.pause()
+        with deadline(connection, PATIENCE / 4):
+            await connection.execute(notifications._NOTIFY, {"channel": "any", "payload": "news"})
+        pair.standby.resume()
 
 
 # ------------------------------------------------------------------------------------- a primary that hangs

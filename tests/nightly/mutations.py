@@ -159,6 +159,12 @@ MUTATIONS = (
         (("_REMOVE if at_most_once else _LEASE", "_LEASE"), ("if not at_most_once:", "if True:")),
         (MESSAGES + "test_promise_5_at_most_once_the_message_is_gone_before_the_answer_leaves",),
     ),
+    Mutation(
+        "news are sent in a transaction that writes",
+        "broker/storage/notifications.py",
+        (('"SELECT pg_notify(', "\"SELECT pg_logical_emit_message(true, '', ''), pg_notify("),),
+        (STANDBY + "test_news_wait_for_no_standby",),
+    ),
     # Leases.
     Mutation(
         "delete does not look at the receipt's token",
