@@ -58,6 +58,10 @@ test-faults: $(INSTALLED) ## Run the tests that kill, hang and cut off brokers, 
 soak: $(INSTALLED) ## Let random faults happen for as long as asked: make soak ARGS='--seed 7 --faults 50'
 	@PG_BIN=$(PG_BIN) $(PY) tests/faults/soak.py $(ARGS)
 
+.PHONY: test-nightly
+test-nightly: $(INSTALLED) ## Run what takes hours or root: seeded bugs, power cuts, full disks, Patroni, long soak (ARGS='PART ... --quick')
+	@PG_BIN=$(PG_BIN) PYTHONPATH=tests/faults $(PY) tests/nightly/nightly.py $(ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED_BENCH) ## Measure beside the peers that are installed, in under ten minutes; needs wrk
 	@$(PY) -m benchmarks --out benchmarks/results/bench.json $(ARGS)

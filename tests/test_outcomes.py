@@ -320,6 +320,15 @@ async def test_reads_are_served_while_every_write_is_stuck(database_url: str) ->
         await asyncio.gather(*stuck)
 
 
+async def test_a_call_that_is_given_up_leaves_its_place_to_the_next(database_url: str) -> None:
+    """One write at a time here: who waits comes when the one before is given up, whatever the server does with it."""
+    async with open_database(database_url, connections=3, request_timeout=PATIENCE) as database:
+        assert await database.write(one) == (1,)
+        async with locked(database_url, "broker.messages"):
+            await error_of(database.write(count_messages, timeout=0.5))
+            assert await database.write(one) == (1,)
+
+
 async def test_one_connection_is_enough_for_reads_and_writes(database_url: str) -> None:
     async with open_database(database_url, connections=1, request_timeout=PATIENCE) as database:
         assert await asyncio.gather(*(run(one) for run in (database.read, database.write) * 5)) == [(1,)] * 10

@@ -41,6 +41,7 @@ LOOK_FOR_OTHERS_SECONDS = 60.0
 # After a notification, how long further news are gathered.
 PAUSE_SECONDS = 0.02
 
+# Its commit waits for no disk and no standby, because nothing but the notification is in its transaction.
 _NOTIFY = "SELECT pg_notify(%(channel)s, %(payload)s)"
 
 # Waits for nobody: all who take this lock share it.
@@ -110,9 +111,6 @@ class Notifications:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _send(self, connection: Connection) -> None:
-        # A notification needs no place on disk; its commit must not wait for one.
-        with deadline(connection, ANSWER_SECONDS):
-            await connection.execute("SET synchronous_commit = off")
         while True:
             await self._has_pending.wait()
             batch = [self._pending.pop(name) for name in list(self._pending)[:NEWS_PER_NOTIFICATION]]

@@ -53,6 +53,9 @@ class Node:
         self.name = name
         self.port = free_port()
         self.log = folder / f"{name}.log"
+        # More settings, and environment variables of PostgreSQL alone; both count from the next start on.
+        self.settings: dict[str, str] = {}
+        self.variables: dict[str, str] = {}
         self._data = folder / name
         self._follows: Node | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -84,13 +87,14 @@ class Node:
 
     async def start(self) -> None:
         """Start it and wait until it answers, after recovery from a crash too."""
-        settings = _SETTINGS | {"port": str(self.port), "cluster_name": self.name}
+        settings = _SETTINGS | {"port": str(self.port), "cluster_name": self.name} | self.settings
         if self._follows is not None:
             settings["primary_conninfo"] = f"{self._follows.conninfo} application_name={self.name}"
         words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        variables = [f"{name}={value}" for name, value in self.variables.items()]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*_as_account(), str(PG_BIN / "postgres"), "-D", str(self._data), *words],
+                [*as_account(), "env", *variables, str(PG_BIN / "postgres"), "-D", str(self._data), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -282,7 +286,7 @@ async def until(fact: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-def _as_account() -> list[str]:
+def as_account() -> list[str]:
     """Return the words that start a program as PostgreSQL's account, and let it die with this process.
 
     runuser and su stay as parents, and stop themselves when their child is stopped.
@@ -295,7 +299,7 @@ def _as_account() -> list[str]:
 
 async def _run(program: str, *words: object) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(*_as_account(), str(PG_BIN / program), *map(str, words)),
+        *(*as_account(), str(PG_BIN / program), *map(str, words)),
         cwd="/",
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

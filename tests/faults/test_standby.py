@@ -15,13 +15,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
+import psycopg
 import pytest
 
 from broker.errors import BrokerError, Unavailable
-from broker.model import NewMessage
+from broker.model import NewMessage, message_id_of
+from broker.storage import inspection, notifications, queues
 from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database
 from broker.storage.migrate import migrate
+from broker.storage.sessions import deadline
 from brokers import REQUEST_TIMEOUT, Deployment, answer, call, running_deployment
 from pair import PATIENCE, Pair, running_pair, until
 
@@ -137,6 +140,68 @@ async def write_all(write: Write, database: Database) -> None:
     await write(database)
 
 
+# What may be repeated: how it is made ready, the call, and what it answers when it was done already.
+
+
+async def with_a_key(database: Database) -> Callable[[], Awaitable[Any]]:
+    message = NewMessage("1", None, None, None, None, "key")
+
+    async def send() -> Any:
+        return (await Calls(database).enqueue("default", [message])).duplicates
+
+    return send
+
+
+async def a_delete(database: Database) -> Callable[[], Awaitable[Any]]:
+    calls = Calls(database)
+    await calls.enqueue("default", new(1))
+    delivery = await calls.dequeue("default", 1, 600)
+    return lambda: calls.delete(delivery.leases)
+
+
+async def a_delete_by_id(database: Database) -> Callable[[], Awaitable[Any]]:
+    stored = await Calls(database).enqueue("default", new(1))
+    message_id = message_id_of(stored.ids[0])
+    return lambda: database.write(lambda connection: inspection.delete(connection, "default", message_id, None))
+
+
+async def a_queue(database: Database) -> Callable[[], Awaitable[Any]]:
+    async def create() -> Any:
+        return (await database.write(lambda connection: queues.create(connection, "new", {}))).queue
+
+    return create
+
+
+@pytest.mark.parametrize(
+    ("prepare", "answer_if_done"),
+    [
+        pytest.param(with_a_key, frozenset({0}), id="a key"),
+        pytest.param(a_delete, [False], id="a delete"),
+        pytest.param(a_delete_by_id, False, id="a delete by id"),
+        pytest.param(a_queue, "new", id="a queue"),
+    ],
+)
+async def test_what_was_done_already_is_confirmed_only_when_the_standby_has_it(
+    pair: Pair, prepare: Callable[[Database], Awaitable[Callable[[], Awaitable[Any]]]], answer_if_done: Any
+) -> None:
+    """The first call has committed on the primary alone; who repeats it has to wait for the standby like that one."""
+    waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    async with opened(pair.primary.conninfo, connections=3, request_timeout=PATIENCE) as database:
+        repeat = await prepare(database)
+        pair.standby.pause()
+        first = asyncio.create_task(error_of(repeat()))
+        while not first.done():
+            await pair.primary.query(f"SELECT pg_cancel_backend(pid) FROM ({waits.replace('1', 'pid')}) AS w")
+            await asyncio.sleep(0.01)
+        assert (await first).outcome == "unknown"
+        again = asyncio.ensure_future(repeat())
+        while not (again.done() or await pair.primary.query(waits)):
+            await asyncio.sleep(0.01)
+        assert not again.done(), "it was answered while only the primary had it"
+        pair.standby.resume()
+        assert await again == answer_if_done
+
+
 # ------------------------------------------------------------------------------------- a standby that is away
 
 
@@ -190,6 +255,14 @@ async def test_while_the_standby_is_away_writes_are_refused_at_once_reads_go_on_
     found = {number for (number,) in await pair.primary.query("SELECT body::text::int FROM broker.messages")}
     assert clients.stored - found == set(), "acknowledged and lost"
     assert found - clients.stored - clients.unknown == set(), "nobody was told that this may have been stored"
+
+
+async def test_news_wait_for_no_standby(pair: Pair) -> None:
+    async with await psycopg.AsyncConnection.connect(pair.primary.conninfo, autocommit=True) as connection:
+        pair.standby.pause()
+        with deadline(connection, PATIENCE / 4):
+            await connection.execute(notifications._NOTIFY, {"channel": "any", "payload": "news"})
+        pair.standby.resume()
 
 
 # ------------------------------------------------------------------------------------- a primary that hangs

@@ -1,0 +1,419 @@
+"""The bugs that the mutation check puts into the broker, and for each the tests that must notice it.
+
+Those of one kind stand together. A test is named by what pytest calls it, without its cases or with one; a file stands
+for all of its tests. It must be the test whose promise the bug breaks, not one that fails by chance.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """A bug: in a file of the broker every text, which must be there, is replaced; every test must fail."""
+
+    name: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    tests: tuple[str, ...]
+
+
+IDEMPOTENCY = "tests/test_idempotency.py::"
+STANDBY = "tests/faults/test_standby.py::"
+AMBIGUOUS = "tests/faults/test_ambiguous.py::"
+MESSAGES = "tests/test_messages.py::"
+CONCURRENCY = "tests/test_concurrency.py::"
+DEAD_LETTERS = "tests/test_dead_letters.py::"
+OUTCOMES = "tests/test_outcomes.py::"
+WAITING = "tests/test_waiting.py::"
+LOW_WATER = "tests/test_low_water.py::"
+ISOLATION = "tests/faults/test_isolation.py::"
+
+UNCONFIRMED = STANDBY + "test_a_commit_that_no_standby_has_confirmed_is_never_answered_with_a_result"
+REPEATED = STANDBY + "test_what_was_done_already_is_confirmed_only_when_the_standby_has_it"
+AWAY = STANDBY + "test_while_the_standby_is_away_writes_are_refused_at_once_reads_go_on_and_nothing_is_lost"
+BEHIND = (
+    "tests/faults/test_failover.py::"
+    "test_what_only_the_dead_primary_had_was_acknowledged_only_where_nobody_waits_for_the_standby[True]"
+)
+
+_EXPIRY = "            AND (expires_at IS NULL OR expires_at > w.now) AND receive_count < w.max_receives\n"
+_KEY_UPDATE = """    ON CONFLICT (queue_id, key) DO UPDATE SET (message_id, body_hash, first_used_at, expires_at) = (
+        SELECT a, b, c, d
+        FROM (VALUES
+            (true, k.message_id, k.body_hash, k.first_used_at, k.expires_at),
+            (false, excluded.message_id, excluded.body_hash, excluded.first_used_at, excluded.expires_at)
+        ) AS r (is_old, a, b, c, d)
+        WHERE is_old = (
+            least(k.expires_at, k.first_used_at + (excluded.expires_at - excluded.first_used_at))
+            > excluded.first_used_at
+        )
+    )
+"""
+_KNOWN = """        SELECT e.body_hash
+        FROM broker.idempotency_keys e
+"""
+
+MUTATIONS = (
+    # What is said to be done before it is safe.
+    Mutation(
+        "dedupe by DO NOTHING: the duplicate is answered from what a read has found",
+        "broker/storage/idempotency.py",
+        (
+            (_KNOWN, _KNOWN.replace("e.body_hash", "e.body_hash, e.message_id")),
+            ("k.body_hash AS known\n", "k.body_hash AS known, k.message_id AS known_id\n"),
+            ("    WHERE key IS NOT NULL\n", "    WHERE key IS NOT NULL AND known IS NULL\n"),
+            (_KEY_UPDATE, "    ON CONFLICT (queue_id, key) DO NOTHING\n"),
+            ("coalesce(c.message_id, n.id) AS id", "coalesce(c.message_id, n.known_id, n.id) AS id"),
+            (
+                "coalesce(c.message_id <> n.id, false) AS repeats",
+                "coalesce(c.message_id <> n.id, n.known IS NOT NULL) AS repeats",
+            ),
+        ),
+        (REPEATED + "[a key]", ISOLATION.removesuffix("::")),
+    ),
+    Mutation(
+        "a duplicate is answered by a transaction that has an id and wrote nothing",
+        "broker/storage/idempotency.py",
+        (
+            (_KNOWN, _KNOWN.replace("e.body_hash", "e.body_hash, e.message_id")),
+            ("k.body_hash AS known\n", "k.body_hash AS known, k.message_id AS known_id\n"),
+            ("    WHERE key IS NOT NULL\n", "    WHERE key IS NOT NULL AND known IS NULL\n"),
+            ("coalesce(c.message_id, n.id) AS id", "coalesce(c.message_id, n.known_id, n.id) AS id"),
+            (
+                "coalesce(c.message_id <> n.id, false) AS repeats",
+                "coalesce(c.message_id <> n.id, n.known IS NOT NULL) AS repeats",
+            ),
+        ),
+        (REPEATED + "[a key]",),
+    ),
+    Mutation(
+        "a second delete answers without waiting for the standby",
+        "broker/storage/leases.py",
+        (("pg_logical_emit_message(true, 'wonderq', '') END", "pg_current_wal_lsn() END"),),
+        (REPEATED + "[a delete]",),
+    ),
+    Mutation(
+        "what was found done is not confirmed",
+        "broker/storage/database.py",
+        (("    await connection.execute(_CONFIRM)\n", "    del connection\n"),),
+        (REPEATED + "[a queue]", REPEATED + "[a delete by id]"),
+    ),
+    Mutation(
+        "synchronous_commit = off",
+        "broker/storage/database.py",
+        (
+            (
+                "            facts = await durability.server_facts(connection)\n",
+                "            facts = await durability.server_facts(connection)\n"
+                '            await connection.execute("SET synchronous_commit = off")\n',
+            ),
+        ),
+        (UNCONFIRMED + "[enqueue-False-cancel]", BEHIND),
+    ),
+    Mutation(
+        "synchronous_commit = local",
+        "broker/storage/database.py",
+        (
+            (
+                "            facts = await durability.server_facts(connection)\n",
+                "            facts = await durability.server_facts(connection)\n"
+                '            await connection.execute("SET synchronous_commit = local")\n',
+            ),
+        ),
+        (UNCONFIRMED + "[enqueue-False-cancel]", BEHIND),
+    ),
+    Mutation(
+        "synchronous_commit off is not noticed at the start",
+        "broker/storage/durability.py",
+        (('if self.synchronous_commit == "off":', "if False:"),),
+        (
+            OUTCOMES + "test_the_level_is_what_the_settings_make_of_a_message",
+            "tests/test_processes.py::test_what_the_broker_s_own_role_has_set_counts",
+        ),
+    ),
+    Mutation(
+        "the notice that no standby has confirmed is ignored",
+        "broker/storage/database.py",
+        (("if diagnostic.source_function == STOPPED_WAITING:", "if False:"),),
+        (UNCONFIRMED + "[plain-False-cancel]", UNCONFIRMED + "[several-True-cancel]"),
+    ),
+    Mutation(
+        "at most once: the message is leased, not removed",
+        "broker/storage/handing_out.py",
+        (("_REMOVE if at_most_once else _LEASE", "_LEASE"), ("if not at_most_once:", "if True:")),
+        (MESSAGES + "test_promise_5_at_most_once_the_message_is_gone_before_the_answer_leaves",),
+    ),
+    Mutation(
+        "news are sent in a transaction that writes",
+        "broker/storage/notifications.py",
+        (('"SELECT pg_notify(', "\"SELECT pg_logical_emit_message(true, '', ''), pg_notify("),),
+        (STANDBY + "test_news_wait_for_no_standby",),
+    ),
+    # Leases.
+    Mutation(
+        "delete does not look at the receipt's token",
+        "broker/storage/leases.py",
+        (
+            (
+                "m.id = w.id\n        AND uuid_send(m.lease_token) = w.token\n    RETURNING w.n, m.expires_at",
+                "m.id = w.id\n    RETURNING w.n, m.expires_at",
+            ),
+        ),
+        (
+            MESSAGES + "test_promise_4_a_stale_receipt_changes_nothing",
+            CONCURRENCY + "test_a_delete_that_meets_a_new_lease_has_lost_it_if_that_is_committed",
+            ISOLATION.removesuffix("::"),
+        ),
+    ),
+    Mutation(
+        "extend does not look at the receipt's token",
+        "broker/storage/leases.py",
+        (("    AND uuid_send(m.lease_token) = w.token AND m.visible_at >", "    AND m.visible_at >"),),
+        (MESSAGES + "test_promise_4_a_stale_receipt_changes_nothing",),
+    ),
+    Mutation(
+        "a lease that has ended is extended",
+        "broker/storage/leases.py",
+        ((" = w.token AND m.visible_at > statement_timestamp()\n", " = w.token\n"),),
+        (MESSAGES + "test_promise_4_a_lease_whose_time_is_over_is_not_extended",),
+    ),
+    Mutation(
+        "dequeue waits for locks",
+        "broker/storage/handing_out.py",
+        (("        FOR UPDATE SKIP LOCKED\n", "        FOR UPDATE\n"),),
+        (CONCURRENCY + "test_dequeue_skips_what_an_open_transaction_has_locked_and_sees_it_afterwards",),
+    ),
+    Mutation(
+        "dequeue locks nothing",
+        "broker/storage/handing_out.py",
+        (("        FOR UPDATE SKIP LOCKED\n", ""),),
+        (
+            CONCURRENCY + "test_two_consumers_never_lease_one_message",
+            CONCURRENCY + "test_what_was_leased_since_the_snapshot_is_not_handed_out_again",
+        ),
+    ),
+    Mutation(
+        "a lease begins by the broker's clock",
+        "broker/storage/handing_out.py",
+        (
+            ("    SELECT clock_timestamp() AS now\n", "    SELECT to_timestamp(%(broker_now)s) AS now\n"),
+            (
+                '"max_bytes": MAX_BODY_BYTES_PER_ANSWER,',
+                '"max_bytes": MAX_BODY_BYTES_PER_ANSWER, "broker_now": __import__("time").time(),',
+            ),
+        ),
+        ("tests/test_clock.py::test_leases_end_by_the_clock_that_there_is",),
+    ),
+    Mutation(
+        "leased messages are handed out",
+        "broker/storage/handing_out.py",
+        ((" AND visible_at <= w.now\n", "\n"),),
+        (
+            MESSAGES + "test_promise_2_while_a_lease_runs_nobody_else_is_given_the_message",
+            MESSAGES + "test_a_delayed_message_is_handed_out_when_its_time_has_come",
+        ),
+    ),
+    Mutation(
+        "an expired message is handed out",
+        "broker/storage/handing_out.py",
+        ((_EXPIRY, "            AND receive_count < w.max_receives\n"), (_EXPIRY.split(") AND")[0] + ")\n", "")),
+        (
+            MESSAGES + "test_promise_6_an_expired_message_is_invisible_everywhere_at_once",
+            MESSAGES + "test_promise_6_an_expired_message_that_was_returned_is_not_handed_out",
+        ),
+    ),
+    Mutation(
+        "the sweeper removes what somebody holds",
+        "broker/storage/sweeps.py",
+        (("greatest(expires_at, visible_at) <= statement_timestamp()", "expires_at <= statement_timestamp()"),),
+        ("tests/test_sweeper.py::test_a_message_that_expired_while_it_is_held_is_left_until_its_lease_ends",),
+    ),
+    Mutation(
+        "a delivery that nobody heard of is counted",
+        "broker/storage/leases.py",
+        (("    receive_count = m.receive_count - 1,\n", ""),),
+        (
+            MESSAGES + "test_promise_7_what_is_given_back_is_as_it_was",
+            DEAD_LETTERS + "test_a_delivery_that_nobody_heard_of_does_not_count",
+        ),
+    ),
+    Mutation(
+        "what was leased for a client that hung up is kept",
+        "broker/waiting.py",
+        (
+            (
+                "        if delivery.leases:\n            self._in_background",
+                "        if False:\n            self._in_background",
+            ),
+        ),
+        (
+            WAITING + "test_a_client_that_hangs_up_between_lease_and_answer_takes_nothing",
+            WAITING + "test_what_a_gone_client_leased_goes_to_the_next_at_once",
+        ),
+    ),
+    # What answers say.
+    Mutation(
+        "delete answers true for what is gone",
+        "broker/storage/leases.py",
+        (("[False] * len(leases)", "[True] * len(leases)"),),
+        (
+            CONCURRENCY + "test_of_two_deletes_the_second_waits_and_answers_false",
+            ISOLATION.removesuffix("::"),
+        ),
+    ),
+    Mutation(
+        "delete answers true for a lease that is lost",
+        "broker/storage/leases.py",
+        (("results[first_mention[lease]] = LeaseLost()", "results[first_mention[lease]] = True"),),
+        (MESSAGES + "test_promise_4_a_stale_receipt_changes_nothing", ISOLATION.removesuffix("::")),
+    ),
+    Mutation(
+        "a connection that is lost under a statement is said to have done nothing",
+        "broker/storage/outcomes.py",
+        (("(Moment.LOST_AFTER_SENDING, UNKNOWN,", "(Moment.LOST_AFTER_SENDING, NONE,"),),
+        (
+            OUTCOMES + "test_a_lost_connection_and_a_deadline_leave_in_doubt_only_what_was_sent",
+            AMBIGUOUS + "test_a_message_whose_enqueue_was_cut_off_and_repeated_is_stored_once[reply-200]",
+        ),
+    ),
+    Mutation(
+        "a session that was terminated is said to have done nothing",
+        "broker/storage/outcomes.py",
+        (('or the server is being stopped", UNKNOWN', 'or the server is being stopped", NONE'),),
+        (
+            OUTCOMES + "test_a_terminated_session_leaves_its_write_in_doubt_and_not_its_read",
+            "tests/test_group_commit.py::test_a_lost_connection_leaves_every_call_of_the_statement_unknown",
+        ),
+    ),
+    Mutation(
+        "a deadline that passes under a statement is said to have done nothing",
+        "broker/storage/outcomes.py",
+        (("(Moment.LATE_AFTER_SENDING, UNKNOWN,", "(Moment.LATE_AFTER_SENDING, NONE,"),),
+        (
+            OUTCOMES + "test_a_lost_connection_and_a_deadline_leave_in_doubt_only_what_was_sent",
+            OUTCOMES + "test_a_server_that_does_not_answer_opens_the_breaker_until_it_does",
+        ),
+    ),
+    Mutation(
+        "what shares a statement is said not to have been sent",
+        "broker/storage/group_commit.py",
+        (("                pending.is_sent = True\n", "                pending.is_sent = False\n"),),
+        (OUTCOMES + "test_a_server_that_does_not_answer_opens_the_breaker_until_it_does",),
+    ),
+    Mutation(
+        "an I/O error at a commit is said to have done nothing",
+        "broker/storage/outcomes.py",
+        (('58030 (I/O error) above all", UNKNOWN', '58030 (I/O error) above all", NONE'),),
+        (OUTCOMES + "test_what_an_sqlstate_says_of_a_write",),
+    ),
+    Mutation(
+        "the database repeats what may have been done",
+        "broker/storage/database.py",
+        (("if not failure_of(error, is_sent=is_sent).lost_race or attempt ==", "if attempt =="),),
+        (AMBIGUOUS + "test_what_has_no_key_is_sent_once[reply]",),
+    ),
+    # Keys and dead letters.
+    Mutation(
+        "another body under a known key is taken for a duplicate",
+        "broker/storage/idempotency.py",
+        (
+            ("            WHEN known <> body_hash THEN 'idempotency_conflict'\n", ""),
+            ("coalesce(c.body_hash <> n.body_hash, false) AS conflicts", "false AS conflicts"),
+        ),
+        (IDEMPOTENCY + "test_another_body_under_the_same_key_is_a_conflict",),
+    ),
+    Mutation(
+        "a key ends only when it is swept",
+        "broker/storage/idempotency.py",
+        (
+            (
+                "            least(k.expires_at, k.first_used_at + (excluded.expires_at - excluded.first_used_at))\n",
+                "            'infinity'::timestamptz\n",
+            ),
+        ),
+        (IDEMPOTENCY + "test_a_key_is_free_again_when_its_window_is_over",),
+    ),
+    Mutation(
+        "a batch is stored in part",
+        "broker/storage/storing.py",
+        (
+            (
+                "    WHERE i.call NOT IN (SELECT call FROM refused)\n    RETURNING id",
+                "    WHERE i.refusal IS NULL\n    RETURNING id",
+            ),
+            (
+                "    FROM input\n    WHERE call NOT IN (SELECT call FROM refused)\n    LIMIT 1",
+                "    FROM input\n    LIMIT 1",
+            ),
+        ),
+        (MESSAGES + "test_a_batch_is_stored_whole_or_not_at_all",),
+    ),
+    Mutation(
+        "a dead letter comes a delivery too late",
+        "broker/storage/handing_out.py",
+        (
+            ("m.receive_count + 1 < p.max_receives THEN 1", "m.receive_count < p.max_receives THEN 1"),
+            ("AND receive_count < w.max_receives\n", "AND receive_count <= w.max_receives\n"),
+        ),
+        (DEAD_LETTERS + "test_a_message_is_handed_out_as_often_as_permitted_and_no_more_swept_or_not",),
+    ),
+    Mutation(
+        "a dead letter keeps its receipts",
+        "broker/storage/leases.py",
+        (("WHEN m.id IS NULL THEN NOT EXISTS (", "WHEN m.id IS NULL THEN true OR NOT EXISTS ("),),
+        (DEAD_LETTERS + "test_old_receipts_are_lost_for_ever",),
+    ),
+    Mutation(
+        "dead letters are moved by two sweepers at once",
+        "broker/storage/dead_letters.py",
+        (("    LIMIT %(batch)s\n    FOR UPDATE SKIP LOCKED\n),\nstamp", "    LIMIT %(batch)s\n),\nstamp"),),
+        (
+            DEAD_LETTERS + "test_two_sweepers_at_once_move_different_messages",
+            DEAD_LETTERS + "test_a_move_skips_what_is_being_deleted",
+        ),
+    ),
+    # What keeps a broker going.
+    Mutation(
+        "the breaker never opens",
+        "broker/storage/breaker.py",
+        (("        before, self.reason = self.reason, reason\n", "        before, self.reason = self.reason, None\n"),),
+        (OUTCOMES + "test_a_server_that_does_not_answer_opens_the_breaker_until_it_does", AWAY),
+    ),
+    Mutation(
+        "the breaker does not see who waits for a standby",
+        "broker/storage/breaker.py",
+        (("wait_event = 'SyncRep'", "wait_event = 'SyncRap'"),),
+        (AWAY,),
+    ),
+    Mutation(
+        "a call that is given up keeps its connection",
+        "broker/storage/database.py",
+        (("        self._is_given_up = True\n        self.cut()\n", "        self._is_given_up = True\n"),),
+        (OUTCOMES + "test_a_call_that_is_given_up_leaves_its_place_to_the_next",),
+    ),
+    Mutation(
+        "the low-water hint does not heed transactions that are under way",
+        "broker/storage/low_water.py",
+        (
+            ("if notes and notes[0][1] <= view.xmin:", "if notes:"),
+            ("return min(notes[0][0], view.now) - MARGIN", "return view.now - MARGIN"),
+        ),
+        (
+            LOW_WATER + "test_a_transaction_that_lasts_brings_its_message_below_no_hint",
+            LOW_WATER + "test_many_brokers_hand_out_everything_whatever_their_hints",
+        ),
+    ),
+    Mutation(
+        "a consumer that goes away takes its wake-up along",
+        "broker/waiting.py",
+        (("return self.wake(1, is_news=is_news) > 0 and is_news", "return False"),),
+        (WAITING + "test_a_consumer_that_hangs_up_when_it_is_woken_passes_the_wake_up_on",),
+    ),
+    Mutation(
+        "nobody looks for what no news came of",
+        "broker/waiting.py",
+        (("                self._to_look_at.update(self._lines)\n                next", "                next"),),
+        (WAITING + "test_rows_inserted_in_sql_are_seen_within_about_a_second",),
+    ),
+)
