@@ -116,7 +116,7 @@ async def test_what_has_no_key_is_sent_once() -> None:
         for n in range(20):
             await made.call_cut_off("reply", "enqueue", "enqueue", body=str(n))
         assert await made.stored() == [(str(n), 0, False) for n in range(20)]
-        for n in range(20):
+        for _ in range(20):
             await made.call_cut_off("request", "enqueue", "enqueue", body="never there")
         assert len(await made.stored()) == 20
 
