@@ -17,7 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.errors import lookup
 
 from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
-from broker.storage import outcomes, sessions
+from broker.storage import outcomes, queues, sessions
 from broker.storage.breaker import NO_ANSWER, NO_STANDBY, Breaker
 from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database, translate
@@ -129,6 +129,7 @@ def test_the_time_to_connect_is_bounded_whatever_was_said(given: str, seconds: i
         ("host=a,b", ("b", 5432), ("b,a", None)),
         ("host=a,b port=7", ("b", 7), ("b,a", "7")),
         ("host=a,a port=1,2", ("a", 2), ("a,a", "2,1")),
+        ("host=a,b port=1,", ("b", 5432), ("b,a", ",1")),
         ("host=a,b port=1,2", ("c", 1), ("a,b", "1,2")),
         ("host=a", ("a", 5432), ("a", None)),
         ("", ("/run/postgresql", 5432), (None, None)),
@@ -159,7 +160,8 @@ async def test_news_that_the_server_does_not_take_are_given_up_and_sent_on_a_new
 
     async def gave_up() -> bool:
         assert not reconnected.is_set()
-        return len(pids) > 1 or bool(pids.update(await waiting_listeners(holder)))
+        pids.update(await waiting_listeners(holder))
+        return len(pids) > 1
 
     pids: set[int] = set()
     await eventually(gave_up)
@@ -179,6 +181,33 @@ async def waiting_listeners(observer: Connection) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------ the breaker
+
+
+async def test_whatever_waits_for_a_server_that_was_left_is_cut(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new connection finds another server than the one before; here it is told so."""
+    listener = await database.connect()
+    listening = asyncio.create_task(listener.execute("SELECT pg_sleep(600)"))
+
+    async def elsewhere(connection: Connection) -> ServerFacts:
+        return replace(DURABLE, started="elsewhere")
+
+    async with locked(database_url, "broker.messages"):
+        stuck = asyncio.create_task(error_of(database.write(count_messages, timeout=600)))
+        await until(lambda: database._is_overdue(0))
+        lost = database.lost_connections
+        monkeypatch.setattr("broker.storage.durability.server_facts", elsewhere)
+        newest = await database.connect()
+        async with asyncio.timeout(PATIENCE):
+            assert (await stuck).outcome == "unknown"
+            with pytest.raises(psycopg.OperationalError):
+                await listening
+    assert database.lost_connections > lost, "low-water hints are of the other server"
+    assert await one(newest) == (1,), "what has found it stays"
+    assert await database.read(one) == (1,)
+    for connection in (listener, newest):
+        await connection.close()
 
 
 @asynccontextmanager
@@ -270,6 +299,7 @@ async def test_calls_that_wait_behind_stuck_ones_are_answered_when_the_breaker_o
         database.breaker._found(NO_STANDBY)
         async with asyncio.timeout(PATIENCE / 2):
             assert [error.outcome for error in await asyncio.gather(*waiting)] == ["none"] * 3
+            assert (await error_of(calls.enqueue("default", new(8)))).outcome == "none"
         assert not any(each.done() for each in sent)
     assert all(await asyncio.gather(*sent)), "what was sent may still succeed"
     database.breaker._found(None)
@@ -283,6 +313,10 @@ async def test_reads_are_served_while_every_write_is_stuck(database_url: str) ->
             await until(lambda: database.writing.locked())
             for _ in range(20):
                 assert await database.read(one) == (1,)
+            database.breaker._found(NO_STANDBY)
+            async with asyncio.timeout(PATIENCE / 2):
+                assert (await error_of(database.write(one))).outcome == "none"
+            database.breaker._found(None)
         await asyncio.gather(*stuck)
 
 
@@ -408,3 +442,34 @@ async def test_a_sweep_is_no_exception_from_the_breaker(start_broker: StartBroke
     broker.server.database.breaker._found(NO_STANDBY)
     await until(lambda: failed._value.get() > 0)
     broker.server.database.breaker._found(None)
+
+
+# ------------------------------------------------------------------------------------------------ several transactions
+
+
+async def test_a_call_of_several_transactions_never_says_that_nothing_was_done_after_the_first(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The breaker opens after the first write."""
+    calls = Calls(database)
+    write = database.write
+
+    async def write_once(operation: Any, **options: Any) -> Any:
+        try:
+            return await write(operation, **options)
+        finally:
+            database.breaker._found(NO_STANDBY)
+
+    await database.write(lambda connection: queues.create(connection, "gone", {}))
+    for queue in ("default", "gone"):
+        await calls.enqueue(queue, new(1, 2, 3))
+    monkeypatch.setattr(database, "write", write_once)
+    assert await queues.purge(database, "default") == (3, False)
+    assert (await error_of(queues.purge(database, "default"))).outcome == "none"
+    database.breaker._found(None)
+    assert await queues.delete(database, "gone") == (0, False)
+    assert (await error_of(queues.delete(database, "gone"))).outcome == "none"
+    monkeypatch.undo()
+    database.breaker._found(None)
+    assert await queues.purge(database, "default") == (0, True)
+    assert await queues.delete(database, "gone") == (3, True)

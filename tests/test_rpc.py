@@ -523,7 +523,9 @@ async def test_an_exception_in_a_method_says_nothing_of_the_inside_and_is_logged
     assert "ZeroDivisionError" in caplog.text
 
 
-@pytest.mark.parametrize("result", [object(), {1j: 2}, {"a": {"b": object()}}, "\ud800"], ids=repr)
+@pytest.mark.parametrize(
+    "result", [object(), {1j: 2}, {"a": {"b": object()}}, "\ud800"], ids=["an object", "a key", "inside", "a surrogate"]
+)
 async def test_a_result_that_is_no_json_is_an_internal_error_of_this_call_alone(
     result: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

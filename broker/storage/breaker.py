@@ -29,7 +29,7 @@ OVERDUE_SECONDS = 1.0
 # From one look to the next, unless calls have less than four times as long.
 LOOK_EVERY_SECONDS = 0.5
 # A server that takes longer to say that it is well does not answer. Many times what a busy one needs.
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 3.0
 RETRY_AFTER_SECONDS = 1
 
 NO_ANSWER = "The database does not answer, and nothing is written until it does"
@@ -79,6 +79,11 @@ class Breaker:
         if self.reason is None:
             return None
         return BY_MOMENT[Moment.BREAKER_IS_OPEN].error(reason=self.reason, retry_after=RETRY_AFTER_SECONDS)
+
+    def has_answered(self) -> None:
+        """Take note that the server has taken a new connection: it answers."""
+        if self.reason == NO_ANSWER:
+            self._found(None)
 
     async def run(self) -> None:
         """Look whenever there is a reason to, until cancelled."""

@@ -12,6 +12,7 @@ import logging
 import random
 import re
 import select
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -78,6 +79,11 @@ async def confirm(connection: Connection) -> None:
     done already.
     """
     await connection.execute(_CONFIRM)
+
+
+def time_left(deadline: float) -> float:
+    """Return how many seconds there are until a time of `time.monotonic()`; a moment where it has passed."""
+    return max(0.01, deadline - time.monotonic())
 
 
 def is_lost(connection: Connection) -> bool:
@@ -199,6 +205,7 @@ class Database:
             log.info("database postgresql=%s durability=%s", facts.version, facts.level)
             if facts.risks:
                 log.warning("ACKNOWLEDGED MESSAGES CAN BE LOST because=%s", "; ".join(facts.risks))
+        self.breaker.has_answered()
         if before is not None and before.started != facts.started:
             self._has_moved(connection)
 

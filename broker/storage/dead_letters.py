@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from broker.errors import BrokerError, InvalidParams, QueueNotFound
-from broker.storage.database import Connection, Database
+from broker.storage.database import Connection, Database, time_left
 
 # Messages that one transaction moves.
 REDRIVE_BATCH = 1_000
@@ -257,6 +257,8 @@ async def redrive(database: Database, queue: str, to: str | None, max_messages: 
     """
     if to == queue:
         raise InvalidParams(reason="`to` must be another queue than `queue`.", param="to", given=to)
+    deadline = time.monotonic() + database.request_timeout
+    stop_at = deadline - database.request_timeout * 0.4
     row = await database.read(lambda connection: _first_row(connection, _BOUNDS, {"queue": queue}))
     if row is None:
         raise QueueNotFound(queue=queue)
@@ -265,7 +267,6 @@ async def redrive(database: Database, queue: str, to: str | None, max_messages: 
         if target is None:
             raise QueueNotFound(queue=to)
     queue_id, newest = row
-    stop_at = time.monotonic() + database.request_timeout * 0.6
     moved: Counter[str] = Counter()
     after = -1
     while time.monotonic() < stop_at:
@@ -274,7 +275,7 @@ async def redrive(database: Database, queue: str, to: str | None, max_messages: 
             break
         work = partial(redrive_batch, queue_id=queue_id, to=to, batch=batch, after=after, newest=newest)
         try:
-            batch_moved, after = await database.write(work)
+            batch_moved, after = await database.write(work, timeout=time_left(deadline))
         except BrokerError as error:
             # What is committed is counted, or a repeated call would not say how many there were.
             if moved and error.retryable:
@@ -284,7 +285,14 @@ async def redrive(database: Database, queue: str, to: str | None, max_messages: 
             break
         moved.update(batch_moved)
     params = {"queue_id": queue_id, "to": to, "after": -1, "newest": newest}  # from -1: what was locked for a moment
-    more = await database.read(lambda connection: _first_row(connection, _HAS_MORE, params))
+    try:
+        more = await database.read(
+            lambda connection: _first_row(connection, _HAS_MORE, params), timeout=time_left(deadline)
+        )
+    except BrokerError:
+        if not moved:
+            raise
+        return Redriven(moved, complete=False)  # what was moved is, whatever became of the question
     return Redriven(moved, complete=more == (False,))
 
 

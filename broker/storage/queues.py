@@ -15,7 +15,7 @@ from psycopg import sql
 
 from broker.errors import BrokerError, InvalidParams, QueueExists, QueueInUse, QueueNotFound
 from broker.model import Queue, number, timestamp
-from broker.storage.database import Connection, Database, confirm
+from broker.storage.database import Connection, Database, confirm, time_left
 
 # Messages that one transaction of a purge removes: some hundred milliseconds on a slow disk.
 PURGE_BATCH = 5_000
@@ -269,6 +269,7 @@ async def purge(database: Database, queue: str) -> tuple[int, bool]:
     Works in transactions of 5,000 until it is done or its time is over; returns how many were removed, and
     whether it is done. Raises QueueNotFound.
     """
+    deadline = time.monotonic() + database.request_timeout
     row = await database.read(lambda connection: _first_row(connection, _NEWEST_MESSAGE, queue))
     if row is None:
         raise QueueNotFound(queue=queue)
@@ -276,19 +277,26 @@ async def purge(database: Database, queue: str) -> tuple[int, bool]:
     if newest is None:
         await database.write(confirm)
         return 0, True
-    purged, complete = await _purge_until(database, queue_id, newest)
-    await database.write(lambda connection: connection.execute(_FORGET_SIZE, {"queue_id": queue_id}))
+    purged, complete = await _purge_until(database, queue_id, newest, deadline)
+    try:
+        await database.write(
+            lambda connection: connection.execute(_FORGET_SIZE, {"queue_id": queue_id}), timeout=time_left(deadline)
+        )
+    except BrokerError:
+        if not purged:
+            raise
+        return purged, False  # what was purged is, whatever became of this
     return purged, complete
 
 
-async def _purge_until(database: Database, queue_id: int, newest: int) -> tuple[int, bool]:
+async def _purge_until(database: Database, queue_id: int, newest: int, deadline: float) -> tuple[int, bool]:
     """Remove a queue's messages up to an id; leave a share of the request's time for the answer."""
-    stop_at = time.monotonic() + database.request_timeout * 0.6
+    stop_at = deadline - database.request_timeout * 0.4
     purged = 0
     while True:
         try:
             removed = await database.write(
-                lambda connection: purge_batch(connection, queue_id, newest),
+                lambda connection: purge_batch(connection, queue_id, newest), timeout=time_left(deadline)
             )
         except BrokerError as error:
             # What is committed is counted, or a repeated call would not say how many there were.
@@ -347,12 +355,19 @@ async def delete(database: Database, queue: str) -> tuple[int, bool]:
     """
     if queue == "default":
         raise QueueInUse(queue=queue, reason="it always exists; empty it with purge_queue")
+    deadline = time.monotonic() + database.request_timeout
     row = await database.write(lambda connection: _delete(connection, queue))
+    is_deleted = row is not None
     if row is None:
         row = await database.read(lambda connection: _first_row(connection, _DELETED, queue))
     if row is None:
         raise QueueNotFound(queue=queue)
-    return await _purge_until(database, row[0], 2**63 - 1)
+    try:
+        return await _purge_until(database, row[0], 2**63 - 1, deadline)
+    except BrokerError:
+        if is_deleted:
+            return 0, False  # the queue is gone, whatever became of its messages
+        raise
 
 
 async def _delete(connection: Connection, queue: str) -> tuple[Any, ...] | None:

@@ -96,7 +96,8 @@ def beginning_with(conninfo: str, host: str, port: int) -> str:
     lists = {name: str(given[name]).split(",") for name in ("host", "hostaddr", "port") if name in given}
     hosts = lists.get("host", lists.get("hostaddr", []))
     ports = lists.get("port", ["5432"])
-    places = list(zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=False))
+    ports = [number or "5432" for number in (ports * len(hosts) if len(ports) == 1 else ports)]
+    places = list(zip(hosts, ports, strict=False))
     if (host, str(port)) not in places:
         return conninfo
     first = places.index((host, str(port)))

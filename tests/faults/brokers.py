@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from pair import PATIENCE, Node, Pair, folder_for_servers, free_port, until
+from pair import DIES_WITH_US, PATIENCE, Node, Pair, folder_for_servers, free_port, until
 from proxy import Proxy
 
 # A call that the database does not answer is given up after so many seconds.
@@ -53,7 +53,7 @@ class Broker:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("BROKER_", "PG", "DATABASE"))}
         with self._said.open("wb") as said, self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "broker", "serve", *flags],
+                [*DIES_WITH_US, sys.executable, "-m", "broker", "serve", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=log,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from history import AnyEvent, read
-from pair import PATIENCE
+from pair import DIES_WITH_US, PATIENCE
 
 ACTORS = Path(__file__).with_name("actors.py")
 
@@ -65,7 +65,9 @@ class Load:
             words.append(str(self._lease_seconds))
         with (self._folder / f"{name}.err").open("wb") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(ACTORS), *words], stdin=subprocess.DEVNULL, stderr=errors
+                [*DIES_WITH_US, sys.executable, "-I", "-S", str(ACTORS), *words],
+                stdin=subprocess.DEVNULL,
+                stderr=errors,
             )
         self._actors.append(Actor(what, name, process, history))
 
@@ -74,10 +76,10 @@ class Load:
         return [actor for actor in self._actors if actor.what == what and actor.process.poll() is None]
 
     async def works(self) -> None:
-        """Return when producers have been acknowledged fifty times more: there is load, and it gets through."""
+        """Return when producers have been acknowledged twenty times more: there is load, and it gets through."""
         before = self._acknowledgements()
         async with asyncio.timeout(PATIENCE):
-            while self._acknowledgements() < before + 50:
+            while self._acknowledgements() < before + 20:
                 await asyncio.sleep(0.02)
 
     async def finish(self, what: str) -> None:

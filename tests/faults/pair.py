@@ -28,6 +28,8 @@ PG_BIN = Path(os.environ.get("PG_BIN", "/usr/lib/postgresql/15/bin"))
 PATIENCE = 120.0
 # PostgreSQL refuses to run as root.
 ACCOUNT = "postgres"
+# Words before a command: it is killed when this process ends, however that ends.
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
@@ -101,7 +103,8 @@ class Node:
 
     async def promote(self) -> None:
         """Make a standby the primary; its commits wait for nobody then."""
-        assert await self.query("SELECT pg_promote(true, %s)", [int(PATIENCE)]) == [(True,)]
+        # Not by a statement: what is replayed meanwhile may be in conflict with it, and then it is cancelled.
+        await _run("pg_ctl", "promote", "-D", self._data, "--wait", "--timeout", int(PATIENCE))
         self._follows = None
 
     async def kill(self) -> None:
@@ -289,10 +292,9 @@ def as_account() -> list[str]:
     runuser and su stay as parents, and stop themselves when their child is stopped.
     """
     if os.geteuid() != 0:
-        return ["setpriv", "--pdeathsig", "KILL"]
+        return [*DIES_WITH_US]
     account = pwd.getpwnam(ACCOUNT)
-    ids = ("--reuid", str(account.pw_uid), "--regid", str(account.pw_gid), "--init-groups")
-    return ["setpriv", *ids, "--pdeathsig", "KILL"]
+    return [*DIES_WITH_US, "--reuid", str(account.pw_uid), "--regid", str(account.pw_gid), "--init-groups"]
 
 
 async def _run(program: str, *words: object) -> None:

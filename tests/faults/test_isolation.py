@@ -18,9 +18,10 @@ import pytest
 from broker.errors import BrokerError
 from broker.model import Lease, NewMessage, message_number_of
 from broker.storage import dead_letters, handing_out, idempotency, inspection, leases, queues, sweeps
-from broker.storage.database import Connection, Database, configure
+from broker.storage.database import Connection, Database
 from broker.storage.group_commit import AGAIN
 from broker.storage.handing_out import Wanted
+from broker.storage.sessions import configure
 from broker.storage.storing import EnqueueCall, Stored
 from steps import Case, interleavings, play
 
@@ -45,7 +46,7 @@ class OneConnection:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def write(self, operation: Callable[[Connection], Awaitable[T]]) -> T:
+    async def write(self, operation: Callable[[Connection], Awaitable[T]], timeout: float | None = None) -> T:
         return await operation(self._connection)
 
     read = write
@@ -502,6 +503,8 @@ async def connections(database_url: str) -> AsyncIterator[list[Connection]]:
         for _ in range(4):
             connection: Connection = await psycopg.AsyncConnection.connect(database_url, autocommit=True)
             await configure(connection)
+            # A machine that is slow to take the next step is no fault.
+            await connection.execute("SET idle_in_transaction_session_timeout = 0")
             made.append(await stack.enter_async_context(connection))
         yield made
 

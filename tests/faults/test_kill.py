@@ -106,12 +106,13 @@ async def live(deployment: Deployment, number: int, done: Counter[str]) -> str:
     async with aiohttp.ClientSession() as http:
         receipt = None
         for method in itertools.cycle(["enqueue", "dequeue", "extend_visibility", "delete"]):
-            params: dict[str, Any] = {
+            all_params: dict[str, dict[str, Any]] = {
                 "enqueue": {"body": number},
                 "dequeue": {"wait": 0.5},
                 "extend_visibility": {"receipt": receipt, "visibility_timeout": 30},
                 "delete": {"receipt": receipt},
-            }[method]
+            }
+            params = all_params[method]
             if "receipt" in params and receipt is None:
                 continue
             try:

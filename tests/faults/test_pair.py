@@ -61,27 +61,32 @@ async def test_a_server_that_was_killed_leaves_no_process_and_comes_back() -> No
         assert await rows(node) == 0
 
 
-@pytest.mark.parametrize(("lost", "stored"), [("reply", 1), ("request", 0)])
-@pytest.mark.parametrize("is_prepared", [True, False])
-async def test_a_connection_is_cut_before_or_after_the_statement_was_carried_out(
-    lost: Lost, stored: int, is_prepared: bool
-) -> None:
+async def test_a_connection_is_cut_before_or_after_the_statement_was_carried_out() -> None:
     async with running_node() as node, Proxy(node.port) as proxy:
         await node.query("CREATE TABLE t (n int, word text)")
-        async with await connect(proxy.port) as connection:
-            statement = "/* store */ INSERT INTO t VALUES (%s, %s)"
-            if is_prepared:
-                await connection.execute(statement, [1, "first"], prepare=True)
-                await node.query("TRUNCATE t")
-            for marker in ("/* other */", "unheard", "second" if is_prepared else "/* store */"):
-                cut = proxy.cut(marker, lost=lost)
-            with pytest.raises(psycopg.OperationalError):
-                await connection.execute(statement, [2, "second"])
-            await asyncio.wait_for(cut.happened.wait(), 60)
-        assert await rows(node) == stored
-        async with await connect(proxy.port) as connection:  # once only
+        for is_prepared in (True, False):
+            await assert_is_cut(node, proxy, "request", is_prepared=is_prepared, stored=0)
+            await assert_is_cut(node, proxy, "reply", is_prepared=is_prepared, stored=1)
+
+
+async def assert_is_cut(node: Node, proxy: Proxy, lost: Lost, *, is_prepared: bool, stored: int) -> None:
+    """The text of a prepared statement is not sent again: what is bound to it is recognised by its name."""
+    await node.query("TRUNCATE t")
+    statement = "/* store */ INSERT INTO t VALUES (%s, %s)"
+    async with await connect(proxy.port) as connection:
+        for _ in range(3 if is_prepared else 0):
+            await connection.execute(statement, [1, "first"], prepare=True)
+        await node.query("TRUNCATE t")
+        others = [proxy.cut("/* other */"), proxy.cut("third")]
+        cut = proxy.cut("/* store */" if stored else "second", lost=lost)
+        with pytest.raises(psycopg.OperationalError):
             await connection.execute(statement, [2, "second"])
-        assert await rows(node) == stored + 1
+        await asyncio.wait_for(cut.happened.wait(), 60)
+    assert await rows(node) == stored
+    assert [other.done for other in others] == [0, 0]
+    async with await connect(proxy.port) as again:  # once only
+        await again.execute(statement, [2, "second"])
+    assert await rows(node) == stored + 1
 
 
 async def test_the_network_swallows_refuses_resets_and_heals() -> None:

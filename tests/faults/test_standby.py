@@ -30,6 +30,7 @@ from pair import PATIENCE, Pair, running_pair, until
 
 # A deadline, and what a busy machine may add to the half second that is promised after it.
 LATE = 2.5
+WAITS = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 # What `--database-connections` is by default.
 DATABASE_CONNECTIONS = 8
 # How long the standby is away, after that was noticed.
@@ -115,12 +116,16 @@ async def test_a_commit_that_no_standby_has_confirmed_is_never_answered_with_a_r
 ) -> None:
     """Somebody ends the wait: PostgreSQL has committed, and says so, with a notice beside."""
     async with opened(pair.primary.conninfo, connections=3, request_timeout=PATIENCE) as database:
-        for _ in range(8 if is_prepared else 0):  # psycopg prepares a statement after five uses
+        for _ in range(8 if is_prepared else 1):  # psycopg prepares a statement after five uses
             await write_all(write, database)
         pair.standby.pause()
         writing = asyncio.create_task(error_of(write(database)))
+        ended: set[int] = set()  # each once: a second cancel could come late, and end what its session does next
         while not writing.done():
-            await pair.primary.query(f"SELECT pg_{how}_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+            for (pid,) in await pair.primary.query(WAITS):
+                if pid not in ended:
+                    ended.add(pid)
+                    await pair.primary.query(f"SELECT pg_{how}_backend(%s)", [pid])
             await asyncio.sleep(0.01)
         error = await writing
         assert (type(error), error.outcome) == (Unavailable, "unknown")
@@ -320,6 +325,8 @@ async def test_after_a_failover_the_new_primary_is_found_without_a_restart(
         return await new.query(swept) == [(True,)]
 
     await until(is_swept)
+    found = {number for (number,) in await new.query("SELECT body::text::int FROM broker.messages")}
+    assert clients.stored - found == set(), "acknowledged and lost"
     assert "Traceback" not in broker.log
 
 
