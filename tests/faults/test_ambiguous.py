@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 from typing import Any, LiteralString
 
 import aiohttp
-import pytest
 import psycopg
+import pytest
 
 from brokers import Broker, answer, running_brokers
 from pair import Node, folder_for_servers
