@@ -13,6 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from broker.storage import sessions
 from broker.storage.database import Connection, Database
 from outside import without_database
 
@@ -67,3 +68,20 @@ async def test_a_call_that_waits_while_the_database_is_away_is_served_when_it_is
         assert not done
     async with asyncio.timeout(SOON):
         assert await waiting == (1,)
+
+
+@pytest.mark.parametrize("is_pooled", [False, True])
+async def test_behind_a_pooler_nothing_is_prepared(
+    database: Database, monkeypatch: pytest.MonkeyPatch, is_pooled: bool
+) -> None:
+    """A pooler names a session of its own when it is connected to. (`make test-nightly ARGS=pgbouncer` has a real one.)"""
+    if is_pooled:
+        monkeypatch.setattr(sessions, "_SET_ALL", sessions._SET_ALL.replace("pg_backend_pid()", "pg_backend_pid() + 1"))
+
+    async def prepared(connection: Connection) -> Any:
+        for _ in range(10):
+            await connection.execute("SELECT %s::int", [1])
+        return await (await connection.execute("SELECT count(*) FROM pg_prepared_statements", prepare=False)).fetchone()
+
+    async with await database.connect() as connection:
+        assert await prepared(connection) == ((0,) if is_pooled else (1,))

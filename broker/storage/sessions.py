@@ -66,7 +66,7 @@ SESSION_SETTINGS = {
 
 # All at once: a connection that is made while calls wait for it costs one round trip, not one for each setting.
 _SET_ALL = """
-SELECT set_config(name, value, false)
+SELECT pg_backend_pid(), count(set_config(name, value, false))
 FROM unnest(%s::text[], %s::text[]) AS s (name, value)
 """
 
@@ -117,7 +117,13 @@ async def configure(connection: Connection) -> None:
     binary.register(connection.adapters)
     connection.adapters.register_loader("json", JsonLoader)
     connection.adapters.register_loader("json", BinaryJsonLoader)
-    await connection.execute(_SET_ALL, [list(SESSION_SETTINGS), list(SESSION_SETTINGS.values())])
+    cursor = await connection.execute(_SET_ALL, [list(SESSION_SETTINGS), list(SESSION_SETTINGS.values())])
+    row = await cursor.fetchone()
+    assert row is not None, "a select of aggregates returns one row"
+    if row[0] != connection.info.backend_pid:
+        # Who answered at first was a pooler, and who answers next may be another session than this one: a statement that
+        # was prepared here would not be there, or be another's.
+        connection.prepare_threshold = None
 
 
 def cut(connection: Connection) -> None:
