@@ -76,7 +76,8 @@ async def test_behind_a_pooler_nothing_is_prepared(
 ) -> None:
     """A pooler names a session of its own when it is connected to. (`make test-nightly ARGS=pgbouncer` has a real one.)"""
     if is_pooled:
-        monkeypatch.setattr(sessions, "_SET_ALL", sessions._SET_ALL.replace("pg_backend_pid()", "pg_backend_pid() + 1"))
+        of_another = sessions._SET_ALL.replace("pg_backend_pid()", "pg_backend_pid() + 1")
+        monkeypatch.setattr(sessions, "_SET_ALL", of_another)
 
     async def prepared(connection: Connection) -> Any:
         for _ in range(10):
