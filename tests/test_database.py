@@ -74,7 +74,7 @@ async def test_a_call_that_waits_while_the_database_is_away_is_served_when_it_is
 async def test_behind_a_pooler_nothing_is_prepared(
     database: Database, monkeypatch: pytest.MonkeyPatch, is_pooled: bool
 ) -> None:
-    """A pooler names a session of its own when it is connected to; `make test-nightly ARGS=pgbouncer` has a real one."""
+    """A pooler names a session of its own at first. (`make test-nightly ARGS=pgbouncer` has a real one.)"""
     if is_pooled:
         of_another = sessions._SET_ALL.replace("pg_backend_pid()", "pg_backend_pid() + 1")
         monkeypatch.setattr(sessions, "_SET_ALL", of_another)
