@@ -30,8 +30,11 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 @pytest.fixture
 def quick_hints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let hints follow the present closely, so that a test need not wait for them."""
-    monkeypatch.setattr(low_water, "MARGIN", timedelta(0))
+    """Let hints follow the present closely, so that a test need not wait for them.
+
+    Two processors need not agree on the microsecond: without any margin a hint may be higher than it should.
+    """
+    monkeypatch.setattr(low_water, "MARGIN", timedelta(milliseconds=1))
     monkeypatch.setattr(low_water, "NOTE_EVERY", timedelta(0))
 
 
@@ -264,7 +267,11 @@ async def test_many_brokers_hand_out_everything_whatever_their_hints(
         for calls in brokers * 2:
             while (delivery := await calls.dequeue("default", 100, 600)).messages:
                 found.update(bodies(delivery))
-    assert found == left
+        cursor = await other.execute(
+            "SELECT body::text::int, lane, visible_at, enqueued_at, receive_count FROM broker.messages WHERE lane < 2"
+        )
+        missed = [row for row in await cursor.fetchall() if row[0] in left - found]
+    assert found == left, (missed, [calls.low_water.floors("default") for calls in brokers])
     for each in databases:
         await each.close()
 

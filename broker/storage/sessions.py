@@ -121,8 +121,8 @@ async def configure(connection: Connection) -> None:
     row = await cursor.fetchone()
     assert row is not None, "a select of aggregates returns one row"
     if row[0] != connection.info.backend_pid:
-        # Who answered at first was a pooler, and who answers next may be another session than this one: a statement that
-        # was prepared here would not be there, or be another's.
+        # Who answered at first was a pooler, and who answers next may be another session than this one: a statement
+        # that was prepared here would not be there, or be another's.
         connection.prepare_threshold = None
 
 
