@@ -145,10 +145,24 @@ class MessageLeased(BrokerError):
 
 
 class IdempotencyConflict(BrokerError):
-    """The idempotency_key {key} was used for another body on this queue; send a key of its own with each message."""
+    """The idempotency_key {key} was used for another body; send a key of its own with each message."""
 
     code = 1007
     type = "idempotency_conflict"
+
+
+class TopicNotFound(BrokerError):
+    """There is no topic {topic}; create it with create_topic, or see list_topics."""
+
+    code = 1008
+    type = "topic_not_found"
+
+
+class SubscriptionNotFound(BrokerError):
+    """There is no subscription {subscription_id}; see list_subscriptions."""
+
+    code = 1009
+    type = "subscription_not_found"
 
 
 class InvalidReceipt(BrokerError):
@@ -163,6 +177,20 @@ class QueueInUse(BrokerError):
 
     code = 1011
     type = "queue_in_use"
+
+
+class TopicExists(BrokerError):
+    """The topic {topic} exists and delivers {delivery}; to change that, delete it and create it anew."""
+
+    code = 1012
+    type = "topic_exists"
+
+
+class SubscriptionExists(BrokerError):
+    """The topic {topic} has a subscription {name} whose {differs} is not what you named; unsubscribe it first, or use another name."""  # noqa: E501
+
+    code = 1013
+    type = "subscription_exists"
 
 
 class QueueFull(BrokerError):

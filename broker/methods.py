@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ from broker.model import (
     Lease,
     NewMessage,
     Queue,
+    Subscription,
+    Topic,
     lease_of,
     message_id_of,
     message_number_of,
@@ -30,10 +32,22 @@ from broker.model import (
 )
 from broker.rpc import Call, Method
 from broker.settings import Settings
-from broker.storage import counting, dead_letters, durability, inspection, leases, queues
+from broker.signatures import secret_text
+from broker.storage import (
+    broadcasting,
+    counting,
+    dead_letters,
+    durability,
+    inspection,
+    leases,
+    queues,
+    subscriptions,
+    topics,
+)
 from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.notifications import News
+from broker.storage.publishing import Published
 from broker.storage.storing import Stored
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
@@ -54,6 +68,10 @@ class Methods:
     metrics: Metrics
     settings: Settings
     document: Mapping[str, Any]
+    # Whether a url may be pushed to: raises InvalidParams where not.
+    check_url: Callable[[str], Awaitable[None]]
+    # Told when somebody has come or gone who is pushed to.
+    subscriptions_changed: Callable[[], None]
     started_at: float = field(default_factory=time.monotonic)
 
     def by_name(self) -> dict[str, Method]:
@@ -244,9 +262,7 @@ class Methods:
     async def list_messages(
         self, call: Call, queue: str, status: str | None, limit: int, after: str | None
     ) -> dict[str, Any]:
-        after_number = -1 if after is None else message_number_of(after)
-        if after_number is None:
-            raise InvalidParams(reason="`after` must be the `next` of the page before.", param="after", given=after)
+        after_number = _cursor_number(after)
         page, next_id = await self.database.read(
             lambda connection: inspection.list_by_id(connection, queue, status, limit, after_number)
         )
@@ -292,6 +308,101 @@ class Methods:
         for target, messages in redriven.moved.items():
             self.waiting.tell(News(target, 0.0, messages))
         return {"moved": moved, "complete": redriven.complete}
+
+    async def create_topic(self, call: Call, topic: str, delivery: str | UnsetType) -> Topic:
+        named = None if isinstance(delivery, UnsetType) else delivery
+        return await self.database.write(lambda connection: topics.create(connection, topic, named))
+
+    async def delete_topic(self, call: Call, topic: str) -> dict[str, Any]:
+        deleted, complete = await topics.delete(self.database, topic)
+        self.subscriptions_changed()
+        return {"deleted_messages": deleted, "complete": complete}
+
+    async def list_topics(self, call: Call, prefix: str, counts: bool, limit: int, after: str | None) -> dict[str, Any]:
+        page, next_name = await self.database.read(
+            lambda connection: topics.list_by_name(connection, prefix, limit, after, counts=counts)
+        )
+        return {"topics": page, "next": next_name}
+
+    async def subscribe(
+        self,
+        call: Call,
+        topic: str,
+        name: str,
+        queue: str | None,
+        url: str | None,
+        filter: dict[str, list[str]] | None,  # noqa: A002 - the contract's word
+        **attributes: Any,
+    ) -> Subscription:
+        if (queue is None) == (url is None):
+            raise InvalidParams(reason="Name either `queue` or `url`.", param="queue" if queue is None else "url")
+        for param, value in attributes.items():
+            if url is None and value not in (UNSET, None):
+                reason = f"`{param}` is for a `url`; the queue has its own: see update_queue."
+                raise InvalidParams(reason=reason, param=param, given=value)
+        if url is not None:
+            await self.check_url(url)
+        subscription, secret = await self.database.write(
+            lambda connection: subscriptions.subscribe(
+                connection, topic, name, queue=queue, url=url, filter=filter, attributes=attributes
+            )
+        )
+        self.subscriptions_changed()
+        if secret is not None:
+            subscription.secret = secret_text(secret)
+        return subscription
+
+    async def unsubscribe(self, call: Call, subscription_id: str) -> dict[str, Any]:
+        deleted = await subscriptions.unsubscribe(self.database, subscription_id)
+        self.subscriptions_changed()
+        return {"deleted_messages": deleted}
+
+    async def list_subscriptions(self, call: Call, topic: str | None, limit: int, after: str | None) -> dict[str, Any]:
+        after_number = _cursor_number(after)
+        page, next_id = await self.database.read(
+            lambda connection: subscriptions.list_by_id(connection, topic, limit, after_number)
+        )
+        return {"subscriptions": page, "next": next_id}
+
+    async def rotate_secret(self, call: Call, subscription_id: str) -> dict[str, Any]:
+        secret = await self.database.write(lambda connection: subscriptions.rotate_secret(connection, subscription_id))
+        self.subscriptions_changed()
+        return {"secret": secret_text(secret)}
+
+    async def publish(
+        self,
+        call: Call,
+        topic: str,
+        body: Raw,
+        headers: dict[str, str],
+        sender: str | None,
+        delay: float | None,
+        ttl: float | None,
+        idempotency_key: str | None,
+    ) -> dict[str, Any]:
+        message = new_message(body, headers, sender, delay, ttl, idempotency_key)
+        published = await self.calls.publish(topic, message)
+        self.published(published)
+        return _enqueued(published.id, is_duplicate=published.is_duplicate) | {"deliveries": published.deliveries}
+
+    def published(self, published: Published) -> None:
+        """Count a message that was published, and let those know who wait for its copies."""
+        if published.is_duplicate:
+            self.metrics.duplicates.inc()
+        else:
+            self.metrics.published.inc()
+        self._copied(published.news)
+
+    def _copied(self, news: Sequence[News]) -> None:
+        """Count copies, and let those know who wait for them."""
+        self.metrics.enqueued.inc(sum(each.messages for each in news))
+        for each in news:
+            self.waiting.tell(each)
+
+    async def broadcast(self, call: Call, topic: str) -> dict[str, Any]:
+        given_out = await broadcasting.broadcast(self.database, topic)
+        self._copied(given_out.news)
+        return {"messages": given_out.messages, "deliveries": given_out.deliveries, "complete": given_out.complete}
 
     async def get_server(self, call: Call) -> dict[str, Any]:
         facts = await self.database.read(durability.server_facts)
@@ -346,6 +457,14 @@ def header_text(headers: dict[str, str], where: str = "headers") -> str | None:
             given=size,
         )
     return msgspec.json.encode(headers).decode()
+
+
+def _cursor_number(after: str | None) -> int:
+    """Return the number to continue behind. Raises InvalidParams."""
+    number = -1 if after is None else message_number_of(after)
+    if number is None:
+        raise InvalidParams(reason="`after` must be the `next` of the page before.", param="after", given=after)
+    return number
 
 
 def _enqueued(number: int, *, is_duplicate: bool) -> dict[str, Any]:

@@ -73,6 +73,9 @@ class Metrics:
             registry=self.registry,
         )
         self.enqueued = self._counter("wonderq_messages_enqueued", "Messages stored.")
+        self.published = self._counter(
+            "wonderq_messages_published", "Messages published to topics, however many copies."
+        )
         self.duplicates = self._counter(
             "wonderq_messages_duplicate", "Messages not stored, because their idempotency key was used before."
         )

@@ -110,7 +110,7 @@ def number(value: float) -> float | int:
 
 
 class Message(msgspec.Struct):
-    """A message as it is delivered."""
+    """A message as it is delivered. The last two are there where it is a copy of what was published."""
 
     message_id: str
     queue: str
@@ -124,10 +124,12 @@ class Message(msgspec.Struct):
     visible_at: str
     expires_at: str | None
     dead_letter: msgspec.Raw | None = None
+    topic: str | msgspec.UnsetType = msgspec.UNSET
+    published_id: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class StoredMessage(msgspec.Struct):
-    """A message as it is seen from outside."""
+    """A message as it is seen from outside. The last two are there where it is a copy of what was published."""
 
     message_id: str
     queue: str
@@ -141,6 +143,8 @@ class StoredMessage(msgspec.Struct):
     visible_at: str
     expires_at: str | None
     dead_letter: msgspec.Raw | None = None
+    topic: str | msgspec.UnsetType = msgspec.UNSET
+    published_id: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Counts(msgspec.Struct):
@@ -170,3 +174,26 @@ class Queue(msgspec.Struct):
     updated_at: str
     counts: Counts | msgspec.UnsetType = msgspec.UNSET
     oldest_ready_age: float | None | msgspec.UnsetType = msgspec.UNSET
+
+
+class Topic(msgspec.Struct):
+    """A topic. The last two are there when they were asked for: its subscriptions, and the messages that it stores."""
+
+    topic: str
+    delivery: str
+    created_at: str
+    subscriptions: int | msgspec.UnsetType = msgspec.UNSET
+    messages: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class Subscription(msgspec.Struct):
+    """Who gets copies of what is published to a topic. `secret` is there once, when the subscription is made."""
+
+    subscription_id: str
+    topic: str
+    name: str
+    queue: str
+    url: str | None
+    filter: dict[str, list[str]] | None
+    state: str
+    secret: str | None = None

@@ -271,6 +271,8 @@ def describe(schema: Schema, components: Mapping[str, Schema]) -> str:
             return "a string" + _string_limits(schema)
         case "array":
             return f"an array of {schema.get('minItems', 0)} to {schema.get('maxItems', 'any number of')} elements"
+        case "object" if "maxProperties" in schema and schema["additionalProperties"].get("type") == "array":
+            return f"an object of at most {schema['maxProperties']} names, each with {_of(schema)}"
         case "object" if "maxProperties" in schema:
             return f"an object of at most {schema['maxProperties']} strings without NUL"
         case "object":
@@ -281,6 +283,11 @@ def describe(schema: Schema, components: Mapping[str, Schema]) -> str:
             return "null"
         case _:
             return "a JSON value"
+
+
+def _of(schema: Schema) -> str:
+    values = schema["additionalProperties"]
+    return f"an array of {values['minItems']} to {values['maxItems']} strings without NUL"
 
 
 def _range(schema: Schema) -> str:

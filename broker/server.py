@@ -28,7 +28,7 @@ from aiohttp import web
 from broker.connections import ConnectionLimits, ConnectionRunner, read_body
 from broker.draining import drain, nobody_else
 from broker.embedded import EmbeddedPostgres
-from broker.errors import BrokerError, InvalidRequest, Unavailable, error_answer
+from broker.errors import BrokerError, InvalidParams, InvalidRequest, Unavailable, error_answer
 from broker.installation import EmbeddedError
 from broker.methods import Methods
 from broker.metrics import Metrics
@@ -261,6 +261,7 @@ class Server:
             max_calls=settings.max_calls,
             undelivered=lambda queue, delivery: self.waiting.give_back_soon(queue, delivery),
             stored=lambda queue, stored: self.methods.stored(queue, stored),
+            published=lambda published: self.methods.published(published),
             watch=self.metrics.statement_ended,
         )
         self.waiting = WaitingRoom(self.database, self.calls, max_waiting=settings.max_waiting_consumers)
@@ -271,7 +272,16 @@ class Server:
             max_body_bytes=settings.max_request_bytes, max_connections=settings.max_connections
         )
         document = load_document()
-        self.methods = Methods(self.database, self.calls, self.waiting, self.metrics, settings, document)
+        self.methods = Methods(
+            self.database,
+            self.calls,
+            self.waiting,
+            self.metrics,
+            settings,
+            document,
+            check_url=no_url,
+            subscriptions_changed=lambda: None,
+        )
         self.rpc = Rpc(compile_methods(document), self.methods.by_name(), self.limits, self.metrics)
         self.pages = Pages(
             self.database,
@@ -397,6 +407,11 @@ class Server:
             return True
         name = host_name(host)
         return name in self._allowed_hosts or is_loopback(name)
+
+
+async def no_url(url: str) -> None:
+    """Refuse every url: nobody pushes to it yet."""
+    raise InvalidParams(reason="`url` cannot be pushed to yet; subscribe a `queue`.", param="url", given=url)
 
 
 def cannot_listen(settings: Settings, error: OSError) -> StartError:

@@ -29,17 +29,19 @@ SWEEP_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Swept:
-    """What one sweep did: messages and leases by queue; of deleted queues how many messages it removed.
+    """What one sweep did: messages and leases by queue; of deleted queues and topics how many messages it removed.
 
+    `settled` are those that had used up their deliveries, `of_ended` those of subscriptions that have ended.
     `exhausted` are the messages that it found to have used up their deliveries, after max_receives was lowered.
     """
 
     expired: Mapping[str, int]
     exhausted: int
     settled: Settled
+    of_ended: Settled
     forgotten_keys: int
     ended_leases: Mapping[str, int]
-    of_deleted_queues: int
+    of_deleted: int
     measured_queues: int
 
     def filled(self, batch_size: int) -> bool:
@@ -49,7 +51,8 @@ class Swept:
             self.exhausted,
             self.settled.messages,
             self.forgotten_keys,
-            self.of_deleted_queues,
+            self.of_ended.messages,
+            self.of_deleted,
         )
 
 
@@ -60,9 +63,10 @@ async def sweep_once(connection: Connection, batch_size: int = BATCH_SIZE) -> Sw
         expired=await sweeps.remove_expired(connection, batch_size) if chores.expired else {},
         exhausted=await dead_letters.mark_exhausted(connection, batch_size) if chores.lowered_max_receives else 0,
         settled=await dead_letters.settle(connection, batch_size) if chores.exhausted else Settled(),
+        of_ended=await dead_letters.settle_ended(connection, batch_size) if chores.ended_subscriptions else Settled(),
         forgotten_keys=await sweeps.forget_keys(connection, batch_size) if chores.idempotency_keys else 0,
         ended_leases=await sweeps.count_ended_leases(connection),
-        of_deleted_queues=await sweeps.remove_deleted_queues(connection, batch_size) if chores.deleted_queues else 0,
+        of_deleted=await sweeps.remove_deleted(connection, batch_size) if chores.deleted_queues else 0,
         measured_queues=await sweeps.measure_queues(connection) if chores.sizes else 0,
     )
 
@@ -100,10 +104,13 @@ class Sweeper:
         self._metrics.sweeps.labels("done").inc()
         self._metrics.expired.inc(sum(swept.expired.values()))
         self._metrics.ended_leases.inc(sum(swept.ended_leases.values()))
-        self._metrics.dead_lettered.inc(sum(swept.settled.moved.values()))
-        self._metrics.dropped.inc(sum(swept.settled.dropped.values()))
+        for settled in (swept.settled, swept.of_ended):
+            self._metrics.dead_lettered.inc(sum(settled.moved.values()))
+            self._metrics.dropped.inc(sum(settled.dropped.values()))
         for queue, messages in swept.settled.dropped.items():
             log.warning("messages dropped, their deliveries used up queue=%s messages=%d", queue, messages)
-        for found in (swept.ended_leases, swept.settled.moved, swept.settled.returned):
+        for queue, messages in swept.of_ended.dropped.items():
+            log.warning("messages dropped, their subscription ended queue=%s messages=%d", queue, messages)
+        for found in (swept.ended_leases, swept.settled.moved, swept.settled.returned, swept.of_ended.moved):
             for queue, messages in found.items():
                 self._tell(News(queue, 0.0, messages))

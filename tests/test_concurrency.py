@@ -449,7 +449,7 @@ async def test_a_message_stored_while_its_queue_is_deleted_is_never_seen_and_the
     assert ids(await take(two, 1, "short-lived")) == []
     assert (await counting.count(two, ["short-lived"]))["short-lived"].counts.total == 0
     assert (await counting.count_all(two)).counts.total == 0
-    assert (await sweep_once(two)).of_deleted_queues == 1
+    assert (await sweep_once(two)).of_deleted == 1
     assert await remaining(two) == set()
 
 

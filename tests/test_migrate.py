@@ -132,7 +132,7 @@ async def test_an_ordinary_role_that_owns_the_database_is_enough(test_server: st
                 delivery = await dequeue(connection, "mine", 1, None)
                 assert await leases.delete(connection, delivery.leases) == [True]
                 assert await sweeps.remove_expired(connection, 10) == {}
-                assert await sweeps.remove_deleted_queues(connection, 10) == 0
+                assert await sweeps.remove_deleted(connection, 10) == 0
     finally:
         with psycopg.connect(test_server, autocommit=True) as admin:
             admin.execute(sql.SQL("DROP ROLE {}").format(role))

@@ -19,17 +19,22 @@ import pytest
 
 from broker.model import FRESH, LAST, RETURNED, Lease, NewMessage
 from broker.storage import (
+    broadcasting,
     counting,
     dead_letters,
     handing_out,
     idempotency,
     inspection,
     leases,
+    publishing,
     queues,
     storing,
+    subscriptions,
     sweeps,
+    topics,
 )
 from broker.storage.database import Connection
+from broker.storage.publishing import PublishCall
 from broker.storage.storing import EnqueueCall
 from conftest import Connect, dequeue
 
@@ -78,11 +83,12 @@ class Scan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a statement did."""
+    """What a statement did; `most_rows` is how many rows the step had that had most."""
 
     statement: str
     scans: list[Scan]
     pages: int
+    most_rows: float
 
     def rows(self, index: str) -> float:
         return sum(scan.rows for scan in self.scans if scan.index == index)
@@ -104,8 +110,13 @@ def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _scan(node: dict[str, Any]) -> Scan:
-    rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
-    return Scan(node["Node Type"], node.get("Index Name"), rows * node["Actual Loops"])
+    return Scan(node["Node Type"], node.get("Index Name"), _rows(node))
+
+
+def _rows(node: dict[str, Any]) -> float:
+    removed = ("Rows Removed by Filter", "Rows Removed by Join Filter", "Rows Removed by Index Recheck")
+    rows: float = node["Actual Rows"] + sum(node.get(name, 0) for name in removed)
+    return rows * float(node["Actual Loops"])
 
 
 def _is_scan(node: dict[str, Any]) -> bool:
@@ -128,7 +139,8 @@ async def plans_of(connection: Connection, use: Use) -> list[Plan]:
         assert row is not None
         root = msgspec.json.decode(row[0])[0]["Plan"]
         scans = [_scan(node) for node in _nodes(root) if _is_scan(node)]
-        plans.append(Plan(statement, scans, root["Shared Hit Blocks"] + root["Shared Read Blocks"]))
+        pages = root["Shared Hit Blocks"] + root["Shared Read Blocks"]
+        plans.append(Plan(statement, scans, pages, max(map(_rows, _nodes(root)))))
     return plans
 
 
@@ -213,6 +225,7 @@ async def check_every_statement(connection: Connection) -> None:
         await check_known_messages(connection, n)
     await check_looks(connection)
     await check_sweeps(connection)
+    await check_publishing(connection)
 
 
 async def check_known_messages(connection: Connection, n: int) -> None:
@@ -261,7 +274,9 @@ async def check_sweeps(connection: Connection) -> None:
         await sweeps.chores(c)
 
     (plan,) = await plans_of(connection, chores)
-    assert {scan.index for scan in plan.scans} == {EXPIRY, EXHAUSTED}, plan
+    # By its key it looks for a message of a subscription that has ended.
+    assert {scan.index for scan in plan.scans} == {EXPIRY, EXHAUSTED, KEY}, plan
+    assert plan.rows(KEY) <= 1, plan
     assert plan.rows(EXPIRY) <= 1, plan
     assert plan.rows(EXHAUSTED) <= 1, plan
 
@@ -295,6 +310,24 @@ async def check_sweeps(connection: Connection) -> None:
     assert {scan.index for scan in plan.scans} == {KEY}, plan
     assert plan.rows(KEY) <= 2 * 1000, plan
 
+    async def settle_ended(c: Connection) -> None:
+        await subscribe(c, "dead")
+        await c.execute("UPDATE broker.subscriptions SET state = 'ended'")
+        await dead_letters.settle_ended(c, 1000)
+
+    plan = (await plans_of(connection, settle_ended))[-1]
+    assert {scan.index for scan in plan.scans} <= {KEY}, plan
+    assert plan.rows(KEY) <= 2 * 1000, plan
+
+    async def claim_probes(c: Connection) -> None:
+        await subscribe(c, "work", "dead")
+        await c.execute("UPDATE broker.subscriptions SET url = 'x', state = 'failing', probe_at = '-infinity'")
+        await subscriptions.claim_probes(c, 5)
+
+    plan = (await plans_of(connection, claim_probes))[-1]
+    assert {scan.index for scan in plan.scans} == {LANE}, plan
+    assert plan.rows(LANE) <= 4, plan
+
     async def count_ended_leases(c: Connection) -> None:
         await sweeps.count_ended_leases(c)
 
@@ -308,6 +341,49 @@ async def check_sweeps(connection: Connection) -> None:
     _, plan = await plans_of(connection, purge)
     assert {scan.index for scan in plan.scans} == {KEY}, plan
     assert plan.rows(KEY) <= 2 * queues.PURGE_BATCH, plan
+
+
+async def subscribe(connection: Connection, *names: str, topic: str = "topic", how_often: int = 1) -> None:
+    """Let queues get copies of what is published, each by several subscriptions."""
+    await topics.create(connection, topic, None)
+    for name in names:
+        await connection.execute(
+            """
+            INSERT INTO broker.subscriptions (topic_id, queue_id, name)
+            SELECT t.id, q.id, q.name || n
+            FROM broker.topics t, broker.queues q, generate_series(1, %s) n
+            WHERE t.name = %s AND q.name = %s
+            """,
+            [how_often, topic, name],
+        )
+
+
+async def check_publishing(connection: Connection) -> None:
+    """Check that the work is that of the copies, and that no list is searched for each entry of another."""
+    for n, subscribed in ((1, 1), (1, 100), (100, 10), (300, 1)):
+
+        async def publish(c: Connection, n: int = n, subscribed: int = subscribed) -> None:
+            await subscribe(c, "work", how_often=subscribed)
+            messages = [NewMessage('"body"', None, None, None, None, f"key{place}") for place in range(n)]
+            await publishing.publish(c, [PublishCall("topic", message) for message in messages])
+
+        plan = (await plans_of(connection, publish))[-1]
+        assert {scan.index for scan in plan.scans} <= {KEY}, plan
+        assert plan.rows(KEY) == 0, plan
+        assert plan.most_rows <= 10 * n * (subscribed + 10), plan
+
+        async def broadcast(c: Connection, n: int = n, subscribed: int = subscribed) -> None:
+            await subscribe(c, "default", how_often=subscribed)
+            # What the queue `work` holds is what the topic stores.
+            number = await queue_id(c, "work")
+            await c.execute("INSERT INTO broker.topics (id, name, delivery) VALUES (%s, 'full', 'immediate')", [number])
+            await c.execute("UPDATE broker.subscriptions SET topic_id = %s", [number])
+            await broadcasting.broadcast_batch(c, number, "topic", n)
+
+        plan = (await plans_of(connection, broadcast))[-1]
+        assert {scan.index for scan in plan.scans} <= {KEY}, plan
+        assert plan.rows(KEY) <= 2 * n, plan
+        assert plan.most_rows <= 10 * n * (subscribed + 10), plan
 
 
 async def queue_id(connection: Connection, name: str) -> int:

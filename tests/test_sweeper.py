@@ -21,9 +21,10 @@ NOTHING = Swept(
     expired={},
     exhausted=0,
     settled=Settled(),
+    of_ended=Settled(),
     forgotten_keys=0,
     ended_leases={},
-    of_deleted_queues=0,
+    of_deleted=0,
     measured_queues=0,
 )
 
@@ -216,10 +217,10 @@ async def test_what_a_deleted_queue_leaves_is_removed_in_bounded_batches(connect
     await connection.execute("UPDATE broker.queues SET deleted_at = now() WHERE name = 'gone'")
     kept = await send(connection, 3)
     first = await sweep_once(connection, batch_size=20)
-    assert first.of_deleted_queues == 20
+    assert first.of_deleted == 20
     assert first.filled(20)
-    assert (await sweep_once(connection, batch_size=20)).of_deleted_queues == 5
-    assert (await sweep_once(connection, batch_size=20)).of_deleted_queues == 0
+    assert (await sweep_once(connection, batch_size=20)).of_deleted == 5
+    assert (await sweep_once(connection, batch_size=20)).of_deleted == 0
     assert await remaining(connection) == set(kept)
 
 
@@ -242,9 +243,7 @@ async def test_two_sweepers_at_once_remove_what_a_deleted_queue_leaves_once(conn
     await one.execute("UPDATE broker.queues SET deleted_at = now() WHERE name = 'gone'")
     removed = 0
     while await remaining(one):
-        removed += sum(
-            swept.of_deleted_queues for swept in await asyncio.gather(sweep_once(one, 70), sweep_once(two, 70))
-        )
+        removed += sum(swept.of_deleted for swept in await asyncio.gather(sweep_once(one, 70), sweep_once(two, 70)))
     assert removed == 500
 
 

@@ -8,17 +8,19 @@ from dataclasses import replace
 
 from broker.errors import BrokerError, QueueFull, QueueNotFound
 from broker.model import Lease, NewMessage
-from broker.storage import handing_out, idempotency, leases, storing
+from broker.storage import handing_out, idempotency, leases, publishing, storing
 from broker.storage.database import Connection, Database
 from broker.storage.group_commit import AGAIN, Again, GroupCommit
 from broker.storage.handing_out import Delivery, DequeueCall, HandOut, Wanted
 from broker.storage.leases import Extended
 from broker.storage.low_water import UNKNOWN, LowWater
+from broker.storage.publishing import PublishCall, Published
 from broker.storage.storing import EnqueueCall, Stored
 
 # One hand-out in so many takes fresh messages first, so that returned ones cannot starve a queue.
 FRESH_FIRST_EVERY = 8
 REMEMBERED_HAND_OUTS = 10_000
+REMEMBERED_TOPICS = 10_000
 # Bodies that fill a statement as a message more would.
 BYTES_LIKE_ONE_MESSAGE = 4096
 
@@ -27,11 +29,11 @@ Watch = Callable[[str, int], None]
 
 
 class Calls:
-    """Carries out enqueue, dequeue, delete and extend.
+    """Carries out enqueue, publish, dequeue, delete and extend.
 
     Of what was done for a caller who is gone, `undelivered` is told, with the queue, where it is messages that were
-    leased, and `stored` where it is messages that were stored. `watch` is told, for every statement, of which kind it
-    was and how many calls it carried.
+    leased, `stored` where it is messages that were stored, and `published` where it is one that was published. `watch`
+    is told, for every statement, of which kind it was and how many calls it carried.
     """
 
     def __init__(
@@ -41,10 +43,13 @@ class Calls:
         max_calls: int = 10_000,
         undelivered: Callable[[str, Delivery], None] = lambda queue, delivery: None,
         stored: Callable[[str, Stored], None] = lambda queue, result: None,
+        published: Callable[[Published], None] = lambda result: None,
         watch: Watch = lambda kind, calls: None,
     ) -> None:
         self.low_water = LowWater(database)
         self._hand_outs: dict[str, int] = {}
+        # How many copies the last message of a topic came to: so much larger is a call than the message alone.
+        self._deliveries: dict[str, int] = {}
 
         def abandon(call: DequeueCall, delivery: Delivery) -> None:
             undelivered(call.queue, delivery)
@@ -55,6 +60,13 @@ class Calls:
             max_calls=max_calls,
             abandon=lambda call, result: stored(call.queue, result),
             watch=lambda calls: watch("enqueue", calls),
+        )
+        self._publish: GroupCommit[PublishCall, Published] = GroupCommit(
+            database,
+            publishing.publish,
+            max_calls=max_calls,
+            abandon=lambda call, result: published(result),
+            watch=lambda calls: watch("publish", calls),
         )
         self._lease: GroupCommit[DequeueCall, Delivery] = GroupCommit(
             database,
@@ -84,6 +96,19 @@ class Calls:
         has_keys = any(message.idempotency_key is not None for message in new)
         size = len(new) + sum([len(message.body) for message in new]) // BYTES_LIKE_ONE_MESSAGE
         return await self._enqueue.call(EnqueueCall(queue, new, has_keys), line=queue, size=size)
+
+    async def publish(self, topic: str, message: NewMessage) -> Published:
+        """Put a copy of a message into the queue of each subscription that wants it, all or none.
+
+        Raises TopicNotFound, MessageTooLarge, QueueFull and IdempotencyConflict.
+        """
+        copies = 1 + self._deliveries.get(topic, 0)
+        size = copies * (1 + len(message.body) // BYTES_LIKE_ONE_MESSAGE)
+        published = await self._publish.call(PublishCall(topic, message), line=topic, size=size)
+        if len(self._deliveries) >= REMEMBERED_TOPICS:
+            self._deliveries.clear()
+        self._deliveries[topic] = published.deliveries
+        return published
 
     async def dequeue(
         self, queue: str, max_messages: int, visibility_timeout: float | None, *, at_most_once: bool = False

@@ -412,7 +412,7 @@ async def _read_shares(connection: Connection, messages: int) -> _Shares | None:
     return _Shares(common, max(0.0, 1 - sum(common.values())) / others if others >= 1 else 0.0)
 
 
-# Deleted queues are not counted. `queues` are those that have much of a part.
+# Deleted queues are not counted, nor what topics store. `queues` are those that have much of a part.
 _SAMPLE_ALL = (
     _SAMPLED
     + """
@@ -427,7 +427,11 @@ in_all AS (
         (lane & 3)::int AS lane, is_future, sum(rows)::bigint AS rows,
         array_agg((lane / 4)::int) FILTER (WHERE rows > 100) AS queues
     FROM in_lane
-    WHERE (lane / 4)::int NOT IN (SELECT q.id FROM broker.queues q WHERE q.deleted_at IS NOT NULL)
+    WHERE (lane / 4)::int NOT IN (
+        SELECT q.id FROM broker.queues q WHERE q.deleted_at IS NOT NULL
+        UNION ALL
+        SELECT t.id FROM broker.topics t
+    )
     GROUP BY 1, 2
 )
 SELECT s.stride, a.lane, a.is_future, a.rows, a.queues

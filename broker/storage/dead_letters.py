@@ -22,12 +22,36 @@ from broker.storage.database import Connection, Database, time_left
 # Messages that one transaction moves.
 REDRIVE_BATCH = 1_000
 
+# What a message becomes that comes into another queue, now.
+_ARRIVES = """
+        lane = 0,
+        visible_at = p.now,
+        moved_at = p.now,
+        expires_at = NULL,
+        first_received_at = NULL,
+        lease_token = NULL,
+        receive_count = 0
+"""
+
+
+def _dead_letter(reason: str) -> str:
+    """Return what is written into a message of the queue s.name that becomes a dead letter."""
+    return f"""
+        dead_letter = json_build_object(
+            'source_queue', s.name,
+            'reason', '{reason}',
+            'receive_count', m.receive_count,
+            'dead_at', to_char(p.now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+        )
+    """
+
+
 # Locks: the rows it picks, waiting for none, and no other. Two at once move different rows. Whoever waits for a row
 # meanwhile, to delete it by its receipt or its id, to extend its lease or to purge its queue, finds it in another queue
 # and leaves it alone. The target may be taken from the source and deleted while this runs: it is then as if this had
 # come before. What is stamped is stamped after the transaction has its id, as low_water.py asks for.
 # max_receives may have been raised since the lease was taken: then the message is ready again.
-_SETTLE = """
+_SETTLE = f"""
 /* dead letters */
 WITH ended AS MATERIALIZED (
     SELECT queue_id, id, receive_count
@@ -58,21 +82,7 @@ sorted AS MATERIALIZED (
 ),
 moved AS (
     UPDATE broker.messages m
-    SET
-        queue_id = s.target_id,
-        lane = 0,
-        visible_at = p.now,
-        moved_at = p.now,
-        expires_at = NULL,
-        first_received_at = NULL,
-        lease_token = NULL,
-        receive_count = 0,
-        dead_letter = json_build_object(
-            'source_queue', s.name,
-            'reason', 'max_receives',
-            'receive_count', m.receive_count,
-            'dead_at', to_char(p.now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
-        )
+    SET queue_id = s.target_id, {_ARRIVES}, {_dead_letter("max_receives")}
     FROM sorted s
     CROSS JOIN stamp p
     WHERE m.queue_id = ANY (ARRAY[s.queue_id]) AND m.id = s.id AND s.fate = 'moved'
@@ -97,7 +107,7 @@ GROUP BY fate, name, target
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of messages whose last lease has ended: how many, by the queue that they are in now.
+    """What became of messages whose time in their queue was over: how many, by the queue that they are in now.
 
     `dropped` by the queue that they were in.
     """
@@ -113,8 +123,61 @@ class Settled:
 
 async def settle(connection: Connection, batch: int) -> Settled:
     """Move, drop or return up to `batch` messages that have used up their deliveries."""
+    return await _settle(connection, _SETTLE, batch)
+
+
+# Locks and two at once: as _SETTLE. What somebody holds is left until its lease has ended. A copy that was made by a
+# transaction which did not see the end is found by a later sweep.
+_SETTLE_ENDED = f"""
+/* ended subscriptions */
+WITH ended AS MATERIALIZED (
+    SELECT s.queue_id, m.id, q.name, t.id AS target_id, t.name AS target
+    FROM broker.subscriptions s
+    JOIN broker.queues q ON q.id = s.queue_id AND q.deleted_at IS NULL
+    LEFT JOIN broker.queues t ON t.id = q.dead_letter_queue_id AND t.deleted_at IS NULL
+    CROSS JOIN LATERAL (
+        SELECT id
+        FROM broker.messages
+        WHERE queue_id = s.queue_id AND (lane = 0 OR visible_at <= statement_timestamp())
+            AND (expires_at IS NULL OR expires_at > statement_timestamp())
+        ORDER BY id
+        LIMIT %(batch)s
+        FOR UPDATE SKIP LOCKED
+    ) AS m
+    WHERE s.state = 'ended'
+    LIMIT %(batch)s
+),
+stamp AS MATERIALIZED (
+    SELECT CASE WHEN pg_current_xact_id() IS NOT NULL THEN clock_timestamp() END AS now
+    FROM ended
+    LIMIT 1
+),
+moved AS (
+    UPDATE broker.messages m
+    SET queue_id = s.target_id, {_ARRIVES}, {_dead_letter("subscription_ended")}
+    FROM ended s
+    CROSS JOIN stamp p
+    WHERE m.queue_id = ANY (ARRAY[s.queue_id]) AND m.id = s.id AND s.target_id IS NOT NULL
+),
+removed AS (
+    DELETE FROM broker.messages m
+    USING ended s
+    WHERE m.queue_id = ANY (ARRAY[s.queue_id]) AND m.id = s.id AND s.target_id IS NULL
+)
+SELECT CASE WHEN target IS NULL THEN 'dropped' ELSE 'moved' END, name, target, count(*)
+FROM ended
+GROUP BY name, target
+"""
+
+
+async def settle_ended(connection: Connection, batch: int) -> Settled:
+    """Move or drop up to `batch` messages of subscriptions whose endpoint wanted no more."""
+    return await _settle(connection, _SETTLE_ENDED, batch)
+
+
+async def _settle(connection: Connection, statement: str, batch: int) -> Settled:
     found: dict[str, Counter[str]] = {"moved": Counter(), "returned": Counter(), "dropped": Counter()}
-    cursor = await connection.execute(_SETTLE, {"batch": batch})
+    cursor = await connection.execute(statement, {"batch": batch})
     for fate, queue, target, messages in await cursor.fetchall():
         if fate in found:
             found[fate][target if fate == "moved" else queue] += messages
@@ -213,19 +276,10 @@ stamp AS MATERIALIZED (
 ),
 moved AS (
     UPDATE broker.messages m
-    SET
-        queue_id = p.target_id,
-        lane = 0,
-        visible_at = s.now,
-        moved_at = s.now,
-        expires_at = NULL,
-        first_received_at = NULL,
-        lease_token = NULL,
-        receive_count = 0,
-        dead_letter = NULL
-    FROM picked p
-    CROSS JOIN stamp s
-    WHERE m.queue_id = ANY (ARRAY[p.queue_id]) AND m.id = p.id
+    SET queue_id = s.target_id, {_ARRIVES}, dead_letter = NULL
+    FROM picked s
+    CROSS JOIN stamp p
+    WHERE m.queue_id = ANY (ARRAY[s.queue_id]) AND m.id = s.id
 )
 SELECT target, count(*), max(id)
 FROM picked

@@ -51,7 +51,7 @@ WITH wanted AS MATERIALIZED (
         coalesce(w.first_floor, '-infinity') AS first_floor,
         coalesce(w.second_floor, '-infinity') AS second_floor,
         CASE WHEN q.paused THEN 0 ELSE w.max_messages END AS max_messages,
-        coalesce(w.visibility_timeout, q.visibility_timeout) AS visibility_timeout,
+        coalesce(w.visibility_timeout, q.visibility_timeout) AS seconds,
         coalesce(q.max_receives, 2147483647) AS max_receives
     FROM unnest(
         %(queues)b::text[], %(max_messages)b::int[], %(visibility_timeouts)b::float8[], %(first_lanes)b::int[],
@@ -89,7 +89,7 @@ looked AS MATERIALIZED (
     FROM wanted w
 ),
 first_lane AS MATERIALIZED (
-    SELECT w.n, w.visibility_timeout, w.max_receives, m.*
+    SELECT w.n, w.seconds, w.max_receives, m.*
     FROM looked w
     CROSS JOIN LATERAL (
         SELECT queue_id, id, visible_at, body_bytes
@@ -103,7 +103,7 @@ first_lane AS MATERIALIZED (
     ) m
 ),
 second_lane AS MATERIALIZED (
-    SELECT w.n, w.visibility_timeout, w.max_receives, m.*
+    SELECT w.n, w.seconds, w.max_receives, m.*
     FROM looked w
     CROSS JOIN LATERAL (
         SELECT queue_id, id, visible_at, body_bytes
@@ -122,7 +122,7 @@ lanes AS MATERIALIZED (
     SELECT *, 2 AS place FROM second_lane
 ),
 picked AS MATERIALIZED (
-    SELECT n, visibility_timeout, max_receives, queue_id, id, position
+    SELECT n, seconds, max_receives, queue_id, id, position
     FROM (
         SELECT *, row_number() OVER in_order AS position, sum(body_bytes) OVER in_order AS bytes
         FROM lanes
@@ -143,17 +143,17 @@ _ANSWER = """
 )
 SELECT
     position, n, id, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at,
-    dead_letter
+    topic, published_id, dead_letter
 FROM taken
 UNION ALL
 SELECT
-    0, w.n, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    0, w.n, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
     json_build_array(
         w.queue_id,
-        w.visibility_timeout,
+        w.seconds,
         (SELECT count(*) FROM picked) < (SELECT count(*) FROM lanes),
         (SELECT now FROM stamp),
-        (SELECT now FROM stamp) + interval '1 second' * w.visibility_timeout,
+        (SELECT now FROM stamp) + interval '1 second' * w.seconds,
         w.now,
         pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
         pg_snapshot_xmax(pg_current_snapshot())::text::bigint,
@@ -175,7 +175,7 @@ taken AS (
         lease_token = (%(tokens)b::uuid[])[p.position],
         receive_count = m.receive_count + 1,
         first_received_at = coalesce(m.first_received_at, s.now),
-        visible_at = s.now + interval '1 second' * p.visibility_timeout
+        visible_at = s.now + interval '1 second' * p.seconds
     FROM picked p
     CROSS JOIN stamp s
     WHERE m.queue_id = ANY (ARRAY[p.queue_id]) AND m.id = p.id
@@ -183,7 +183,7 @@ taken AS (
         p.position, p.n, m.id, uuid_send(m.lease_token) AS token, m.body, m.headers, m.sender, m.receive_count,
         timestamptz_send(m.enqueued_at) AS enqueued_at,
         timestamptz_send(m.first_received_at) AS first_received_at,
-        timestamptz_send(m.expires_at) AS expires_at, m.dead_letter
+        timestamptz_send(m.expires_at) AS expires_at, m.topic, m.published_id, m.dead_letter
 """
     + _ANSWER
 )
@@ -202,7 +202,7 @@ taken AS (
         p.position, p.n, m.id, NULL::bytea AS token, m.body, m.headers, m.sender, m.receive_count + 1 AS receive_count,
         timestamptz_send(m.enqueued_at) AS enqueued_at,
         timestamptz_send(coalesce(m.first_received_at, s.now)) AS first_received_at,
-        timestamptz_send(m.expires_at) AS expires_at, m.dead_letter
+        timestamptz_send(m.expires_at) AS expires_at, m.topic, m.published_id, m.dead_letter
 """
     + _ANSWER
 )
@@ -277,7 +277,7 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
             continue
         (
             _, n, number, token, body, headers, sender, receive_count, enqueued_at, first_received_at, expires_at,
-            dead_letter,
+            topic, published_id, dead_letter,
         ) = row  # fmt: skip
         for time in (enqueued_at, first_received_at, expires_at):
             if time not in times:
@@ -288,12 +288,13 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
             lease = Lease(look.queue_id, number, token)
             delivery.leases.append(lease)
             receipt = receipt_of(lease)
-        delivery.messages.append(
-            Message(
-                message_id_of(number), queue, receipt, body, headers or NO_HEADERS, sender, receive_count,
-                times[enqueued_at], times[first_received_at], visible_at, times[expires_at], dead_letter,
-            )
+        message = Message(
+            message_id_of(number), queue, receipt, body, headers or NO_HEADERS, sender, receive_count,
+            times[enqueued_at], times[first_received_at], visible_at, times[expires_at], dead_letter,
         )  # fmt: skip
+        if published_id is not None:
+            message.topic, message.published_id = topic, message_id_of(published_id)
+        delivery.messages.append(message)
     return replace(handed_out, view=view)
 
 

@@ -31,13 +31,15 @@ from broker.storage.messages import IS_ALIVE
 
 _SHOWN = """
     m.id, m.body, m.headers, m.sender, m.receive_count, m.enqueued_at, m.first_received_at, m.visible_at,
-    m.expires_at, m.dead_letter,
+    m.expires_at, m.dead_letter, m.topic, m.published_id,
     CASE
         WHEN m.visible_at <= statement_timestamp() THEN 'ready'
         WHEN m.lane = 0 THEN 'delayed'
         ELSE 'leased'
     END AS status
 """
+
+SHOWN_COLUMNS = 13
 
 # By message id, which is the order of the primary key; a page ends after 8 MiB of bodies.
 _LIST = (
@@ -79,10 +81,11 @@ ORDER BY p.id
 
 
 def _stored_message(queue: str, row: tuple[Any, ...]) -> StoredMessage:
-    (number, body, headers, sender, receive_count, enqueued, first_received, visible, expires, dead_letter, status) = (
-        row
-    )
-    return StoredMessage(
+    (
+        number, body, headers, sender, receive_count, enqueued, first_received, visible, expires, dead_letter, topic,
+        published_id, status,
+    ) = row  # fmt: skip
+    message = StoredMessage(
         message_id=message_id_of(number),
         queue=queue,
         status=status,
@@ -96,6 +99,9 @@ def _stored_message(queue: str, row: tuple[Any, ...]) -> StoredMessage:
         expires_at=timestamp_or_null(expires),
         dead_letter=dead_letter,
     )
+    if published_id is not None:
+        message.topic, message.published_id = topic, message_id_of(published_id)
+    return message
 
 
 async def list_by_id(
@@ -118,7 +124,7 @@ async def list_by_id(
     rows = await cursor.fetchall()
     if not rows:
         raise QueueNotFound(queue=queue)
-    messages = [_stored_message(queue, row[:11]) for row in rows if row[0] is not None]
+    messages = [_stored_message(queue, row[:SHOWN_COLUMNS]) for row in rows if row[0] is not None]
     page = messages[:limit]
     # One row more than was asked for is looked up, and a page may end early by its bytes.
     has_more = bool(page) and rows[0][-1] > len(page)

@@ -7,7 +7,7 @@ of a message updates it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -84,7 +84,7 @@ WHERE q.name = %(queue)s AND q.deleted_at IS NULL
 # Who names a target, and who deletes a queue, does it alone: no other queue is created, changed or deleted meanwhile,
 # so the target lives, nobody comes to name a queue that is being deleted, and no two changes close a circle together.
 # Readers are not held up, and nothing on the way of a message does more than read.
-_LOCK_QUEUES = """
+LOCK_QUEUES = """
 LOCK TABLE broker.queues IN SHARE ROW EXCLUSIVE MODE
 """
 
@@ -114,11 +114,9 @@ async def create(connection: Connection, queue: str, attributes: Mapping[str, An
     # A queue that is deleted between the two statements is created in the next round.
     while True:
         async with connection.transaction():
-            values = {**DEFAULTS, **named}
-            values["dead_letter_queue_id"] = await _lock_target(connection, queue, values)
-            row = await (await connection.execute(_CREATE, {"queue": queue, **values})).fetchone()
-        if row is not None:
-            return _queue(row)
+            created = await create_row(connection, queue, named)
+        if created is not None:
+            return created
         row = await (await connection.execute(_GET, {"queue": queue})).fetchone()
         if row is not None:
             break
@@ -130,6 +128,14 @@ async def create(connection: Connection, queue: str, attributes: Mapping[str, An
     return existing
 
 
+async def create_row(connection: Connection, queue: str, named: Mapping[str, Any]) -> Queue | None:
+    """Create a queue, in the transaction of the caller; return None where there is one of this name."""
+    values = {**DEFAULTS, **named}
+    values["dead_letter_queue_id"] = await _lock_target(connection, queue, values)
+    row = await (await connection.execute(_CREATE, {"queue": queue, **values})).fetchone()
+    return None if row is None else _queue(row)
+
+
 async def _lock_target(connection: Connection, queue: str, values: Mapping[str, Any]) -> int | None:
     """Return the id of the dead-letter queue that is named, if one is; let nobody change queues meanwhile.
 
@@ -138,7 +144,7 @@ async def _lock_target(connection: Connection, queue: str, values: Mapping[str, 
     target = values.get("dead_letter_queue")
     if target is None:
         return None
-    await connection.execute(_LOCK_QUEUES)
+    await connection.execute(LOCK_QUEUES)
     targets = await (await connection.execute(_TARGETS, {"queue": target})).fetchall()
     names = [name for _, name in targets]
     if queue in [target, *names]:
@@ -277,7 +283,7 @@ async def purge(database: Database, queue: str) -> tuple[int, bool]:
     if newest is None:
         await database.write(confirm)
         return 0, True
-    purged, complete = await _purge_until(database, queue_id, newest, deadline)
+    purged, complete = await purge_until(database, queue_id, newest, deadline)
     try:
         await database.write(
             lambda connection: connection.execute(_FORGET_SIZE, {"queue_id": queue_id}), timeout=time_left(deadline)
@@ -289,8 +295,11 @@ async def purge(database: Database, queue: str) -> tuple[int, bool]:
     return purged, complete
 
 
-async def _purge_until(database: Database, queue_id: int, newest: int, deadline: float) -> tuple[int, bool]:
-    """Remove a queue's messages up to an id; leave a share of the request's time for the answer."""
+async def purge_until(database: Database, queue_id: int, newest: int, deadline: float) -> tuple[int, bool]:
+    """Remove a queue's messages up to an id, in transactions of 5,000; return how many, and whether that is all.
+
+    Leaves a share of the request's time for the answer.
+    """
     stop_at = deadline - database.request_timeout * 0.4
     purged = 0
     while True:
@@ -320,19 +329,29 @@ async def _first_row(connection: Connection, statement: str, queue: str) -> tupl
     return await (await connection.execute(statement, {"queue": queue})).fetchone()
 
 
+_ID = """
+SELECT id FROM broker.queues WHERE name = %(queue)s AND deleted_at IS NULL
+"""
+
 _DELETE = """
 UPDATE broker.queues
 SET deleted_at = statement_timestamp(), updated_at = statement_timestamp(), dead_letter_queue_id = NULL
-WHERE name = %(queue)s AND deleted_at IS NULL
-RETURNING id
+WHERE id = ANY (%(ids)s::int[])
 """
 
-_NAMED_BY = """
-SELECT s.name
+# Who sends to these queues, and is none of them.
+_SENDERS = """
+SELECT q.name, o.name, NULL
 FROM broker.queues q
-JOIN broker.queues s ON s.dead_letter_queue_id = q.id AND s.deleted_at IS NULL
-WHERE q.name = %(queue)s AND q.deleted_at IS NULL
-ORDER BY s.name
+JOIN broker.queues o ON o.dead_letter_queue_id = q.id AND o.deleted_at IS NULL
+WHERE q.id = ANY (%(ids)s::int[]) AND o.id <> ALL (%(ids)s::int[])
+UNION ALL
+SELECT q.name, s.name, t.name
+FROM broker.queues q
+JOIN broker.subscriptions s ON s.queue_id = q.id
+JOIN broker.topics t ON t.id = s.topic_id
+WHERE q.id = ANY (%(ids)s::int[])
+ORDER BY 1, 2
 LIMIT 1
 """
 
@@ -363,18 +382,30 @@ async def delete(database: Database, queue: str) -> tuple[int, bool]:
     if row is None:
         raise QueueNotFound(queue=queue)
     try:
-        return await _purge_until(database, row[0], 2**63 - 1, deadline)
+        return await purge_until(database, row[0], 2**63 - 1, deadline)
     except BrokerError:
         if is_deleted:
             return 0, False  # the queue is gone, whatever became of its messages
         raise
 
 
-async def _delete(connection: Connection, queue: str) -> tuple[Any, ...] | None:
+async def _delete(connection: Connection, queue: str) -> tuple[int] | None:
     async with connection.transaction():
-        await connection.execute(_LOCK_QUEUES)
-        named_by = await _first_row(connection, _NAMED_BY, queue)
-        if named_by is not None:
-            reason = f"it is the dead_letter_queue of {named_by[0]}; name another one there with update_queue"
-            raise QueueInUse(queue=queue, reason=reason)
-        return await _first_row(connection, _DELETE, queue)
+        await connection.execute(LOCK_QUEUES)
+        row = await _first_row(connection, _ID, queue)
+        if row is None:
+            return None
+        await delete_rows(connection, [row[0]])
+        return (row[0],)
+
+
+async def delete_rows(connection: Connection, ids: Sequence[int]) -> None:
+    """Let queues be gone, in the transaction of a caller who has locked the table. Raises QueueInUse."""
+    row = await (await connection.execute(_SENDERS, {"ids": ids})).fetchone()
+    if row is not None:
+        queue, sender, topic = row
+        reason = f"it is the dead_letter_queue of {sender}; name another one there with update_queue"
+        if topic is not None:
+            reason = f"the subscription {sender} of the topic {topic} sends to it; unsubscribe that first"
+        raise QueueInUse(queue=queue, reason=reason)
+    await connection.execute(_DELETE, {"ids": ids})

@@ -20,30 +20,34 @@ from broker.storage.database import Connection, one_line
 # Up to this many messages a queue's max_messages is checked by counting; beyond, by what the sweeper counted.
 COUNTED_MAX_MESSAGES = 10_000
 
-# The queues that are stored into, in the order of the input. `size` is about how many messages a queue holds, where its
-# max_messages asks for it.
-TARGET = """
+# About how many messages the queue q holds, where its max_messages asks for it.
+SIZE = """
+CASE
+    WHEN q.max_messages <= %(counted_max_messages)s THEN (
+        SELECT count(*)
+        FROM (
+            SELECT
+            FROM broker.messages m
+            WHERE m.queue_id = q.id
+                AND (
+                    m.expires_at IS NULL OR m.expires_at > statement_timestamp()
+                    OR (m.lane > 0 AND m.visible_at > statement_timestamp())
+                )
+            LIMIT q.max_messages
+        ) AS c
+    )
+    WHEN q.max_messages IS NOT NULL THEN (
+        SELECT s.messages FROM broker.queue_sizes s WHERE s.queue_id = q.id
+    )
+END
+"""
+
+# The queues that are stored into, in the order of the input.
+TARGET = f"""
 target AS MATERIALIZED (
     SELECT
         w.n, q.id, q.delay, q.message_ttl, q.max_message_bytes, q.max_messages,
-        CASE
-            WHEN q.max_messages <= %(counted_max_messages)s THEN (
-                SELECT count(*)
-                FROM (
-                    SELECT
-                    FROM broker.messages m
-                    WHERE m.queue_id = q.id
-                        AND (
-                            m.expires_at IS NULL OR m.expires_at > statement_timestamp()
-                            OR (m.lane > 0 AND m.visible_at > statement_timestamp())
-                        )
-                    LIMIT q.max_messages
-                ) AS c
-            )
-            WHEN q.max_messages IS NOT NULL THEN (
-                SELECT s.messages FROM broker.queue_sizes s WHERE s.queue_id = q.id
-            )
-        END AS size
+        {SIZE} AS size
     FROM unnest(%(queues)b::text[]) WITH ORDINALITY AS w (name, n)
     LEFT JOIN broker.queues q ON q.name = w.name AND q.deleted_at IS NULL
 ),
@@ -183,10 +187,10 @@ def params_of(calls: Sequence[EnqueueCall]) -> dict[str, Any]:
         "targets": Int4Array(of_target),
         "places": Int4Array(places),
         "bodies": TextArray([message.body.encode() for message in new]),
-        "headers": _none_if_all_are([message.headers for message in new]),
-        "senders": _none_if_all_are([message.sender for message in new]),
-        "delays": _none_if_all_are([message.delay for message in new]),
-        "ttls": _none_if_all_are([message.ttl for message in new]),
+        "headers": none_if_all_are([message.headers for message in new]),
+        "senders": none_if_all_are([message.sender for message in new]),
+        "delays": none_if_all_are([message.delay for message in new]),
+        "ttls": none_if_all_are([message.ttl for message in new]),
         "counted_max_messages": COUNTED_MAX_MESSAGES,
     }
 
@@ -198,7 +202,7 @@ async def fetch(connection: Connection, statement: str, params: dict[str, Any]) 
     return row
 
 
-def _none_if_all_are(values: list[Any]) -> list[Any] | None:
+def none_if_all_are(values: list[Any]) -> list[Any] | None:
     """Return what unnest fills up with NULLs by itself."""
     return None if all(value is None for value in values) else values
 

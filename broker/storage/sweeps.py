@@ -31,7 +31,14 @@ SELECT
     ),
     EXISTS (SELECT FROM broker.queues WHERE max_receives_lowered_at IS NOT NULL AND deleted_at IS NULL),
     EXISTS (SELECT FROM broker.idempotency_keys WHERE expires_at <= statement_timestamp()),
-    EXISTS (SELECT FROM broker.queues WHERE deleted_at IS NOT NULL),
+    EXISTS (SELECT FROM broker.queues WHERE deleted_at IS NOT NULL)
+        OR EXISTS (SELECT FROM broker.topics WHERE deleted_at IS NOT NULL),
+    EXISTS (
+        SELECT
+        FROM broker.subscriptions s
+        CROSS JOIN LATERAL (SELECT FROM broker.messages m WHERE m.queue_id = s.queue_id LIMIT 1) AS left_over
+        WHERE s.state = 'ended'
+    ),
     EXISTS (SELECT FROM broker.queue_sizes)
         OR EXISTS (SELECT FROM broker.queues WHERE max_messages > %(counted_max_messages)s)
 """
@@ -45,6 +52,7 @@ class Chores(NamedTuple):
     lowered_max_receives: bool
     idempotency_keys: bool
     deleted_queues: bool
+    ended_subscriptions: bool
     sizes: bool
 
 
@@ -75,15 +83,16 @@ removed AS (
     WHERE m.queue_id = ANY (ARRAY[e.queue_id]) AND m.id = e.id
     RETURNING m.queue_id
 )
-SELECT q.name, count(*)
+SELECT coalesce(q.name, t.name, ''), count(*)
 FROM removed r
-JOIN broker.queues q ON q.id = r.queue_id
-GROUP BY q.name
+LEFT JOIN broker.queues q ON q.id = r.queue_id
+LEFT JOIN broker.topics t ON t.id = r.queue_id
+GROUP BY 1
 """
 
 
 async def remove_expired(connection: Connection, batch: int) -> dict[str, int]:
-    """Remove up to `batch` messages that have expired and are held by nobody; return how many a queue."""
+    """Remove up to `batch` messages that have expired and are held by nobody; return how many a queue, or a topic."""
     cursor = await connection.execute(_REMOVE_EXPIRED, {"batch": batch})
     return dict(await cursor.fetchall())
 
@@ -155,15 +164,17 @@ async def count_ended_leases(connection: Connection) -> Mapping[str, int]:
     return dict(await cursor.fetchall())
 
 
-_DELETED_QUEUES = """
-SELECT q.id
-FROM broker.queues q
-WHERE q.deleted_at IS NOT NULL
-    AND (
-        q.deleted_at < statement_timestamp() - interval '1 day'
-        OR EXISTS (SELECT FROM broker.messages m WHERE m.queue_id = q.id)
-    )
-ORDER BY q.id
+# Queues and topics have ids from one sequence.
+_DELETED = """
+SELECT d.id
+FROM (
+    SELECT id, deleted_at FROM broker.queues WHERE deleted_at IS NOT NULL
+    UNION ALL
+    SELECT id, deleted_at FROM broker.topics WHERE deleted_at IS NOT NULL
+) AS d
+WHERE d.deleted_at < statement_timestamp() - interval '1 day'
+    OR EXISTS (SELECT FROM broker.messages m WHERE m.queue_id = d.id)
+ORDER BY d.id
 LIMIT 100
 """
 
@@ -171,19 +182,27 @@ LIMIT 100
 # being deleted is over after a day.
 _FORGET_QUEUE = """
 DELETE FROM broker.queues q
-WHERE q.id = %(queue_id)s
+WHERE q.id = %(id)s
     AND q.deleted_at < statement_timestamp() - interval '1 day'
     AND NOT EXISTS (SELECT FROM broker.messages m WHERE m.queue_id = q.id)
 """
 
+_FORGET_TOPIC = """
+DELETE FROM broker.topics t
+WHERE t.id = %(id)s
+    AND t.deleted_at < statement_timestamp() - interval '1 day'
+    AND NOT EXISTS (SELECT FROM broker.messages m WHERE m.queue_id = t.id)
+"""
 
-async def remove_deleted_queues(connection: Connection, batch: int) -> int:
-    """Remove up to `batch` messages of each deleted queue, and the rows of long empty ones."""
-    cursor = await connection.execute(_DELETED_QUEUES)
+
+async def remove_deleted(connection: Connection, batch: int) -> int:
+    """Remove up to `batch` messages of each deleted queue and topic, and the rows of long empty ones."""
+    cursor = await connection.execute(_DELETED)
     removed = 0
-    for (queue_id,) in await cursor.fetchall():
-        removed += await purge_batch(connection, queue_id, batch=batch)
-        await connection.execute(_FORGET_QUEUE, {"queue_id": queue_id})
+    for (number,) in await cursor.fetchall():
+        removed += await purge_batch(connection, number, batch=batch)
+        await connection.execute(_FORGET_QUEUE, {"id": number})
+        await connection.execute(_FORGET_TOPIC, {"id": number})
     return removed
 
 

@@ -245,7 +245,7 @@ async def taken(connection: Connection, scene: Scene, results: Mapping[str, str]
 async def deleted_queue(connection: Connection, scene: Scene, results: Mapping[str, str]) -> str:
     """Say also what remains when the sweeper has been there."""
     outcome = await told(connection, scene, results)
-    await sweeps.remove_deleted_queues(connection, BATCH)
+    await sweeps.remove_deleted(connection, BATCH)
     cursor = await connection.execute(
         "SELECT count(*) FROM broker.messages m JOIN broker.queues q ON q.id = m.queue_id"
         " WHERE q.deleted_at IS NOT NULL"
