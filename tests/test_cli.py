@@ -199,6 +199,10 @@ VALUES: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "max_connections": (("1", 1), ("1000000", 1_000_000)),
     "max_calls": (("1", 1), ("1000000", 1_000_000)),
     "max_waiting_consumers": (("1", 1), ("1000000", 1_000_000)),
+    "webhook_allow": (("127.0.0.0/8", ("127.0.0.0/8",)), ("::1, 10.0.0.1", ("::1/128", "10.0.0.1/32"))),
+    "webhook_concurrency": (("1", 1), ("1000", 1_000)),
+    "webhook_total": (("1", 1), ("10000", 10_000)),
+    "webhook_timeout": (("0.1", 0.1), ("300", 300.0)),
     "log_format": (("json", "json"), ("console", "console")),
 }
 
