@@ -14,6 +14,7 @@ import contextlib
 import gc
 import ipaddress
 import logging
+import math
 import os
 import signal
 import sys
@@ -27,21 +28,24 @@ import psycopg
 import uvloop
 from aiohttp import web
 
+from broker import audit
 from broker.addresses import Guard
+from broker.auth import Auth, Caller, CallLimits, Throttled, Unauthorized
 from broker.connections import ConnectionLimits, ConnectionRunner, read_body
 from broker.draining import drain, nobody_else
 from broker.embedded import EmbeddedPostgres
-from broker.errors import BrokerError, InvalidRequest, Unavailable, error_answer
+from broker.errors import BrokerError, Forbidden, InvalidRequest, Overloaded, Unavailable, error_answer
 from broker.installation import EmbeddedError
 from broker.methods import Methods
 from broker.metrics import Metrics
 from broker.pages import Pages, unavailable
+from broker.permissions import Permissions
 from broker.receivers import Receivers
 from broker.rpc import Rpc
 from broker.schema import compile_methods, load_document
 from broker.settings import Settings
 from broker.sharing import BACKLOG, Share, SharedSite
-from broker.storage import durability
+from broker.storage import durability, tokens
 from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.durability import ServerFacts
@@ -68,6 +72,9 @@ LONG_LIFE_SECONDS = 60
 # What a process uses besides its connections for calls: to listen, to notify and to see whether PostgreSQL is well.
 SERVICE_CONNECTIONS = 3
 
+# Pages that only those may see who have a token, where one is needed.
+NEEDS_TOKEN = ("/metrics",)
+
 GC_THRESHOLDS = (20_000, 20, 20)
 
 T = TypeVar("T")
@@ -81,6 +88,14 @@ REFUSALS = ("authentication failed", "no password supplied", "does not exist", "
 
 class Stopped(Exception):
     """The server was told to stop before it had started."""
+
+
+class RefusedLogin(Exception):
+    """Somebody has no token that counts; `response` says so."""
+
+    def __init__(self, response: web.Response) -> None:
+        super().__init__()
+        self.response = response
 
 
 class StartError(Exception):
@@ -118,12 +133,12 @@ def stop_on_signals() -> asyncio.Event:
 @contextlib.asynccontextmanager
 async def migrated_database(settings: Settings, stop: asyncio.Event) -> AsyncIterator[str]:
     """Yield how to connect to the database, the given one or one of our own, when it is ready. Raises Stopped."""
-    check_binding(settings)
     async with contextlib.AsyncExitStack() as stack:
         conninfo = settings.database_url
         if conninfo is None:
             conninfo = await stack.enter_async_context(embedded_postgres(settings, stop))
         await prepare(conninfo, settings, stop)
+        await unless_stopped(stop, check_binding(settings, conninfo))
         yield conninfo
 
 
@@ -141,16 +156,17 @@ async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T
         await asyncio.gather(working, return_exceptions=True)
 
 
-def check_binding(settings: Settings) -> None:
-    """Refuse to open the broker to the network unless that was said aloud."""
+async def check_binding(settings: Settings, conninfo: str) -> None:
+    """Refuse to open the broker to the network where nobody needs a token, unless that was said aloud."""
     if is_loopback(settings.host):
         return
-    if settings.auth != "off":
+    if settings.auth == "off":
+        log.warning("NO AUTHENTICATION: whoever reaches the port may do everything host=%s", settings.host)
+    elif settings.auth == "auto" and not await tokens.were_ever_on(conninfo):
         raise StartError(
-            f"Whoever reaches {settings.host} could do everything. Listen on 127.0.0.1 behind a proxy that asks"
-            " for credentials, or say --auth off (BROKER_AUTH=off) in a network that you trust."
+            f"Whoever reaches {settings.host} could do everything, because there are no tokens. Make one (wonderq token"
+            " create NAME), or say --auth required (BROKER_AUTH=required), or --auth off in a network that you trust."
         )
-    log.warning("NO AUTHENTICATION: whoever reaches the port may do everything host=%s", settings.host)
 
 
 def is_loopback(host: str) -> bool:
@@ -289,7 +305,21 @@ class Server:
             check_url=guard.check_url,
             subscriptions_changed=self.webhooks.changed,
         )
-        self.rpc = Rpc(compile_methods(document), self.methods.by_name(), self.limits, self.metrics)
+        self.auth = Auth(
+            self.database,
+            settings.auth,
+            max_failures=settings.max_failed_logins,
+            limits=CallLimits(settings.max_calls_per_token, settings.max_call_rate_per_token),
+        )
+        self._proxies = [ip_network(each) for each in settings.trusted_proxy]
+        self.rpc = Rpc(
+            compile_methods(document),
+            self.methods.by_name(),
+            self.limits,
+            self.metrics,
+            Permissions(self.database).permit,
+            audit.call_ended,
+        )
         self.pages = Pages(
             self.database,
             self.metrics,
@@ -346,8 +376,10 @@ class Server:
 
     async def _start(self) -> None:
         await self.database.open(self.settings.startup_timeout)
+        await self.auth.refresh()
         await self.runner.setup()
         services = [
+            self.auth.run,
             self.database.breaker.run,
             self.notifications.run,
             self.waiting.run,
@@ -410,7 +442,11 @@ class Server:
         if request.raw_path == "/rpc" and request.method == "POST":
             return await self._rpc(request)  # without the routes: nearly every request is one
         try:
+            if request.path in NEEDS_TOKEN:
+                await self._identify(request)
             return await handler(request)
+        except RefusedLogin as error:
+            return error.response
         except web.HTTPException as error:
             reason = "there is nothing at this address: calls go to POST /rpc"
             if error.status == 405:
@@ -427,7 +463,40 @@ class Server:
             return refuse(415, InvalidRequest(reason="bodies are not compressed; leave Content-Encoding away"))
         if not is_json(request.headers.get("Content-Type", "")):
             return refuse(415, InvalidRequest(reason="the Content-Type must be application/json"))
-        return await self.rpc.handle(request)
+        try:
+            caller = await self._identify(request)
+        except RefusedLogin as error:
+            return error.response
+        return await self.rpc.handle(request, caller, self._address(request))
+
+    async def _identify(self, request: web.Request) -> Caller | None:
+        """Return who calls. Raises RefusedLogin where he needs a token and has none that counts."""
+        try:
+            return await self.auth.identify(request.headers.get("Authorization"), self._address(request))
+        except Unauthorized:
+            self.metrics.refused_logins.labels("unauthorized").inc()
+            audit.login_refused(self._address(request), request.path, "unauthorized")
+            reason = "A token is needed that counts; send it as Authorization: Bearer wq_…"
+            raise RefusedLogin(refuse(401, Forbidden(reason=reason), {"WWW-Authenticate": "Bearer"})) from None
+        except Throttled as throttled:
+            self.metrics.refused_logins.labels("throttled").inc()
+            retry_after = math.ceil(throttled.retry_after)
+            limit = self.settings.max_failed_logins
+            refusal = Overloaded(limit=limit, what="failed logins from this address", retry_after=retry_after)
+            raise RefusedLogin(refuse(429, refusal, {"Retry-After": str(retry_after)})) from None
+        except Unavailable as error:
+            raise RefusedLogin(unavailable(error)) from None
+
+    def _address(self, request: web.Request) -> str:
+        """Return the address of the client: what proxies say of it counts only where they are trusted."""
+        address = request.remote or ""
+        if not self._proxies:
+            return address
+        for each in reversed(",".join(request.headers.getall("X-Forwarded-For", [])).split(",")):
+            if not any(is_in(address, network) for network in self._proxies) or not each.strip():
+                break
+            address = each.strip()
+        return address
 
     def _is_host_allowed(self, host: str | None) -> bool:
         """Against DNS rebinding: a page of a foreign site cannot name us by that site's name."""
@@ -435,6 +504,14 @@ class Server:
             return True
         name = host_name(host)
         return name in self._allowed_hosts or is_loopback(name)
+
+
+def is_in(address: str, network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
+    """Whether an address, which may be no address, lies in a network."""
+    try:
+        return ipaddress.ip_address(address) in network
+    except ValueError:
+        return False
 
 
 def cannot_listen(settings: Settings, error: OSError) -> StartError:

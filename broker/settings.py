@@ -122,7 +122,7 @@ class Settings:
         "127.0.0.1",
         flag="--host",
         variable="BROKER_HOST",
-        help="The address to listen on. Anything but loopback needs --auth off, said aloud.",
+        help="The address to listen on. Anything but loopback needs tokens, or --auth off, said aloud.",
     )
     port: int = setting(
         8080,
@@ -137,9 +137,49 @@ class Settings:
         "auto",
         flag="--auth",
         variable="BROKER_AUTH",
-        choices=("auto", "off"),
-        help="`auto`: whoever reaches the port may do everything, so only loopback is listened on."
-        " `off`: the same on any address, with a warning.",
+        choices=("auto", "required", "off"),
+        help="Who may call. `auto`: everybody until the first token is made, and from then on for good only who has"
+        " one. `required`: only who has a token. `off`: everybody, on any address, with a warning.",
+    )
+    max_failed_logins: int = setting(
+        30,
+        flag="--max-failed-logins",
+        variable="BROKER_MAX_FAILED_LOGINS",
+        parse=int,
+        minimum=1,
+        maximum=1_000_000,
+        help="Requests without a token that counts, from one address in a minute and to each process; more are answered"
+        " 429. Who shows a token that counts is let in all the same.",
+    )
+    max_calls_per_token: int = setting(
+        1_000,
+        flag="--max-calls-per-token",
+        variable="BROKER_MAX_CALLS_PER_TOKEN",
+        parse=int,
+        minimum=1,
+        maximum=1_000_000,
+        help="Calls in flight at one time for one token, in each process, those that wait for messages too; one more is"
+        " `overloaded`.",
+    )
+    max_call_rate_per_token: float = setting(
+        10_000.0,
+        flag="--max-call-rate-per-token",
+        variable="BROKER_MAX_CALL_RATE_PER_TOKEN",
+        parse=float,
+        unit="calls a second",
+        minimum=1,
+        maximum=1_000_000,
+        shown_default="10000",
+        help="Calls a second for one token, in each process, those of a batch one by one; more are `overloaded`.",
+    )
+    trusted_proxy: tuple[str, ...] = setting(
+        (),
+        flag="--trusted-proxy",
+        variable="BROKER_TRUSTED_PROXY",
+        parse=parse_networks,
+        repeatable=True,
+        shown_default="none",
+        help="A network, as `10.0.0.0/8`, of proxies whose X-Forwarded-For is believed.",
     )
     allowed_host: tuple[str, ...] = setting(
         (),
