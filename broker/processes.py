@@ -68,7 +68,7 @@ async def supervise(settings: Settings) -> None:
                 workers = [Worker(job, scoreboard) for job in jobs]
                 try:
                     await unless_stopped(stop, all_of(worker.start() for worker in workers))
-                    print(f"listening on {url_of(listeners[0].getsockname())}", flush=True)  # noqa: T201
+                    print(f"listening on {url_of(listeners[0].getsockname(), settings)}", flush=True)  # noqa: T201
                     await unless_stopped(stop, all_of(worker.keep_running() for worker in workers))
                 finally:
                     log.info("stopping")

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -52,6 +53,7 @@ from broker.storage.durability import ServerFacts
 from broker.storage.migrate import MigrationError, migrate
 from broker.storage.notifications import Notifications
 from broker.sweeper import Sweeper
+from broker.tls import CertificateError, Site, server_context
 from broker.waiting import WaitingRoom
 from broker.webhooks import PushLimits, Webhooks
 
@@ -133,6 +135,7 @@ def stop_on_signals() -> asyncio.Event:
 @contextlib.asynccontextmanager
 async def migrated_database(settings: Settings, stop: asyncio.Event) -> AsyncIterator[str]:
     """Yield how to connect to the database, the given one or one of our own, when it is ready. Raises Stopped."""
+    tls_of(settings)  # before anything else is started
     async with contextlib.AsyncExitStack() as stack:
         conninfo = settings.database_url
         if conninfo is None:
@@ -267,6 +270,7 @@ class Server:
     def __init__(self, conninfo: str, settings: Settings, share: Share | None = None) -> None:
         self.settings = settings
         self._share = share
+        self._tls = tls_of(settings)
         self._checks_host = is_loopback(settings.host)
         self._allowed_hosts = {"localhost", "127.0.0.1", *(name.lower() for name in settings.allowed_host)}
         self.metrics = Metrics(share.metrics_folder if share else None)
@@ -364,7 +368,7 @@ class Server:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return url_of(self.runner.addresses[0])
+        return url_of(self.runner.addresses[0], self.settings)
 
     async def __aenter__(self) -> Server:
         try:
@@ -395,10 +399,12 @@ class Server:
     async def _listen(self) -> None:
         if self._share is not None:
             for listener in self._share.listeners:
-                await SharedSite(self.runner, listener, self._share).start()
+                await SharedSite(self.runner, listener, self._share, self._tls).start()
             return
         try:
-            await web.TCPSite(self.runner, self.settings.host, self.settings.port, backlog=BACKLOG).start()
+            await Site(
+                self.runner, self.settings.host, self.settings.port, backlog=BACKLOG, ssl_context=self._tls
+            ).start()
         except OSError as error:
             raise cannot_listen(self.settings, error) from error
 
@@ -522,10 +528,19 @@ def cannot_listen(settings: Settings, error: OSError) -> StartError:
     )
 
 
-def url_of(address: tuple[Any, ...]) -> str:
+def url_of(address: tuple[Any, ...], settings: Settings) -> str:
     """Return the URL of a server that listens on a socket's address."""
     host, port = address[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http" if settings.tls_certificate is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def tls_of(settings: Settings) -> ssl.SSLContext | None:
+    """Return what connections are protected with, None where they are not. Raises StartError."""
+    try:
+        return server_context(settings.tls_certificate, settings.tls_key)
+    except CertificateError as error:
+        raise StartError(str(error)) from None
 
 
 async def keep_up(service: Callable[[], Awaitable[None]]) -> None:

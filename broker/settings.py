@@ -181,6 +181,23 @@ class Settings:
         shown_default="none",
         help="A network, as `10.0.0.0/8`, of proxies whose X-Forwarded-For is believed.",
     )
+    tls_certificate: Path | None = setting(
+        None,
+        flag="--tls-certificate",
+        variable="BROKER_TLS_CERTIFICATE",
+        parse=Path,
+        shown_default="none: no TLS",
+        help="A file with the server's certificate, and those between it and its root, in PEM form: https is spoken then,"
+        " TLS 1.2 and later.",
+    )
+    tls_key: Path | None = setting(
+        None,
+        flag="--tls-key",
+        variable="BROKER_TLS_KEY",
+        parse=Path,
+        shown_default="none",
+        help="A file with the key of that certificate, in PEM form, without a passphrase.",
+    )
     allowed_host: tuple[str, ...] = setting(
         (),
         flag="--allowed-host",
