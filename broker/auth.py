@@ -180,7 +180,9 @@ class Auth:
     async def _find_anew(self, authorization: str | None, address: str) -> Caller:
         """Look once more when the tokens have been read anew. Raises Unauthorized and Throttled."""
         self._refuse_if_throttled(address)
-        if time.monotonic() - self._read_at > LEAST_AGE_SECONDS:
+        came_at = time.monotonic()
+        await asyncio.sleep(self._read_at + LEAST_AGE_SECONDS - came_at)
+        while self._read_at < came_at:
             await self._refresh_or_refuse()
         caller = self._find(authorization)
         if caller is None:

@@ -187,8 +187,8 @@ class Settings:
         variable="BROKER_TLS_CERTIFICATE",
         parse=Path,
         shown_default="none: no TLS",
-        help="A file with the server's certificate, and those between it and its root, in PEM form: https is spoken then,"
-        " TLS 1.2 and later.",
+        help="A file in PEM form with the server's certificate, and those between it and its root: https is spoken"
+        " then, by TLS 1.2 and later.",
     )
     tls_key: Path | None = setting(
         None,
