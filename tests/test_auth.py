@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from conftest import Broker, StartBroker
 SEND, RECEIVE, MANAGE, ADMIN, FREE = "send", "receive", "manage", "admin", "free"
 
 # What the contract asks for, and the params that name what it is asked for.
-CONTRACT = {
+CONTRACT: dict[str, tuple[str, dict[str, Any]]] = {
     "enqueue": (SEND, {"queue": "{}", "body": 1}),
     "enqueue_batch": (SEND, {"queue": "{}", "messages": [{"body": 1}]}),
     "dequeue": (RECEIVE, {"queue": "{}"}),
@@ -130,10 +129,10 @@ async def answer(broker: Broker, token: str | None, method: str, /, **params: An
 
 
 @pytest.fixture
-async def world(start_broker: StartBroker, connection: Connection) -> AsyncIterator[World]:
+async def world(start_broker: StartBroker, connection: Connection) -> World:
     made = World(await start_broker(auth="required", sweep_interval=3600), connection)
     await made.furnish()
-    yield made
+    return made
 
 
 def error_type(answered: dict[str, Any]) -> str | None:
@@ -293,8 +292,8 @@ async def test_nobody_without_a_token_is_let_in(world: World) -> None:
     good = await world.token("boss", EVERYTHING)
     other = new_token()
     shown = [
-        None, "", "Bearer", "Bearer x", f"Basic {good}", f"Bearer {good}x", f"Bearer {good[:-1]}", f"Bearer {other.text}",
-        f"Bearer {good[:20]}{other.text[20:]}", f"Bearer {other.text[:20]}{good[20:]}", f"Token {good}",
+        None, "", "Bearer", "Bearer x", f"Basic {good}", f"Bearer {good}x", f"Bearer {good[:-1]}",
+        f"Bearer {other.text}", f"Bearer {good[:20]}{other.text[20:]}", f"Bearer {other.text[:20]}{good[20:]}", f"Token {good}",
     ]  # fmt: skip
     answers = set()
     for authorization in shown:
