@@ -292,8 +292,8 @@ async def test_nobody_without_a_token_is_let_in(world: World) -> None:
     good = await world.token("boss", EVERYTHING)
     other = new_token()
     shown = [
-        None, "", "Bearer", "Bearer x", f"Basic {good}", f"Bearer {good}x", f"Bearer {good[:-1]}",
-        f"Bearer {other.text}", f"Bearer {good[:20]}{other.text[20:]}", f"Bearer {other.text[:20]}{good[20:]}", f"Token {good}",
+        None, "", "Bearer", "Bearer x", f"Basic {good}", f"Token {good}", f"Bearer {good}x", f"Bearer {good[:-1]}",
+        f"Bearer {other.text}", f"Bearer {good[:20]}{other.text[20:]}", f"Bearer {other.text[:20]}{good[20:]}",
     ]  # fmt: skip
     answers = set()
     for authorization in shown:
