@@ -21,22 +21,20 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from broker.server import (
-    DRAIN_SECONDS,
+from broker.server import DRAIN_SECONDS, run_to_end, serve
+from broker.settings import Settings
+from broker.sharing import BACKLOG, Scoreboard
+from broker.starting import (
     LONG_LIFE_SECONDS,
     MAX_CRASHES,
     StartError,
     Stopped,
     cannot_listen,
     migrated_database,
-    run_to_end,
-    serve,
     stop_on_signals,
     unless_stopped,
     url_of,
 )
-from broker.settings import Settings
-from broker.sharing import BACKLOG, Scoreboard
 from broker.worker import IDLE, READY, SCOREBOARD, STOP, Job
 
 log = logging.getLogger("broker.processes")

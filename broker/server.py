@@ -12,48 +12,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import logging
-import math
-import os
-import signal
-import ssl
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from ipaddress import ip_network
-from typing import Any, TypeVar
+from typing import Any
 
-import psycopg
 import uvloop
 from aiohttp import web
 
 from broker import audit
 from broker.addresses import Guard
-from broker.auth import Auth, Caller, CallLimits, Throttled, Unauthorized
-from broker.connections import ConnectionLimits, ConnectionRunner, read_body
+from broker.auth import Auth, CallLimits
+from broker.connections import ConnectionLimits, ConnectionRunner
 from broker.draining import drain, nobody_else
-from broker.embedded import EmbeddedPostgres
-from broker.errors import BrokerError, Forbidden, InvalidRequest, Overloaded, Unavailable, error_answer
+from broker.entrance import Entrance
+from broker.errors import BrokerError
 from broker.installation import EmbeddedError
 from broker.methods import Methods
 from broker.metrics import Metrics
-from broker.pages import Pages, unavailable
+from broker.pages import Pages
 from broker.permissions import Permissions
 from broker.receivers import Receivers
 from broker.rpc import Rpc
 from broker.schema import compile_methods, load_document
 from broker.settings import Settings
 from broker.sharing import BACKLOG, Share, SharedSite
-from broker.storage import durability, tokens
+from broker.starting import (
+    StartError,
+    Stopped,
+    cannot_listen,
+    migrated_database,
+    stop_on_signals,
+    tls_of,
+    unless_stopped,
+    url_of,
+)
 from broker.storage.calls import Calls
 from broker.storage.database import Database
-from broker.storage.durability import ServerFacts
-from broker.storage.migrate import MigrationError, migrate
+from broker.storage.migrate import MigrationError
 from broker.storage.notifications import Notifications
 from broker.sweeper import Sweeper
-from broker.tls import CertificateError, Site, server_context
+from broker.tls import Site
 from broker.waiting import WaitingRoom
 from broker.webhooks import PushLimits, Webhooks
 
@@ -70,40 +71,7 @@ STOP_SERVICES_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 # How often one of several processes says what its gauges are.
 GAUGES_SECONDS = 0.5
-# An embedded PostgreSQL, or a worker, that dies this often without a long life between is not started again.
-MAX_CRASHES = 5
-LONG_LIFE_SECONDS = 60
-# What a process uses besides its connections for calls: to listen, to notify and to see whether PostgreSQL is well.
-SERVICE_CONNECTIONS = 3
-
-# Pages that only those may see who have a token, where one is needed.
-NEEDS_TOKEN = ("/metrics",)
-
 GC_THRESHOLDS = (20_000, 20, 20)
-
-T = TypeVar("T")
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-# What PostgreSQL says where waiting does not help. Errors of connecting carry no SQLSTATE; in another language
-# than English they are waited for like any other.
-REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no pg_hba.conf entry")
-
-
-class Stopped(Exception):
-    """The server was told to stop before it had started."""
-
-
-class RefusedLogin(Exception):
-    """Somebody has no token that counts; `response` says so."""
-
-    def __init__(self, response: web.Response) -> None:
-        super().__init__()
-        self.response = response
-
-
-class StartError(Exception):
-    """The server cannot start, or not go on; the message says why and what to do."""
 
 
 async def serve(settings: Settings) -> None:
@@ -126,143 +94,6 @@ def collect_less_garbage() -> None:
     gc.set_threshold(*GC_THRESHOLDS)
 
 
-def stop_on_signals() -> asyncio.Event:
-    """Return what SIGTERM and SIGINT set from now on."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
-
-
-@contextlib.asynccontextmanager
-async def migrated_database(settings: Settings, stop: asyncio.Event) -> AsyncIterator[str]:
-    """Yield how to connect to the database, the given one or one of our own, when it is ready. Raises Stopped."""
-    tls_of(settings)  # before anything else is started
-    async with contextlib.AsyncExitStack() as stack:
-        conninfo = settings.database_url
-        if conninfo is None:
-            conninfo = await stack.enter_async_context(embedded_postgres(settings, stop))
-        await prepare(conninfo, settings, stop)
-        await unless_stopped(stop, check_binding(settings, conninfo))
-        yield conninfo
-
-
-async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
-    """Return what the work returns. Raises Stopped, with the work cancelled, where the server is to stop before."""
-    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise Stopped
-    finally:
-        stopping.cancel()
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
-
-
-async def check_binding(settings: Settings, conninfo: str) -> None:
-    """Refuse to open the broker to the network where nobody needs a token, unless that was said aloud."""
-    if is_loopback(settings.host):
-        return
-    if settings.auth == "off":
-        log.warning("NO AUTHENTICATION: whoever reaches the port may do everything host=%s", settings.host)
-    elif settings.auth == "auto" and not await tokens.were_ever_on(conninfo):
-        raise StartError(
-            f"Whoever reaches {settings.host} could do everything, because there are no tokens. Make one (wonderq token"
-            " create NAME), or say --auth required (BROKER_AUTH=required), or --auth off in a network that you trust."
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, as a flag or a Host header names it, is this machine and no other."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower().rstrip(".") == "localhost"
-
-
-@contextlib.asynccontextmanager
-async def embedded_postgres(settings: Settings, stop: asyncio.Event) -> AsyncIterator[str]:
-    """Run a PostgreSQL of our own and start it again should it die; yield how to connect to it."""
-    # What was set for other programs must not redirect the way to our own server.
-    for name in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[name]
-    used = settings.processes * (settings.database_connections + SERVICE_CONNECTIONS)
-    # A few more than are used: for tools, and for connections that are just being replaced.
-    postgres = EmbeddedPostgres(settings.data_dir, settings={"max_connections": str(max(100, used + 20))})
-    conninfo = await unless_stopped(stop, postgres.start())
-    log.info("embedded PostgreSQL runs data_dir=%s", settings.data_dir)
-    keeper = asyncio.create_task(keep_running(postgres, stop))
-    try:
-        yield conninfo
-    finally:
-        keeper.cancel()
-        try:
-            with contextlib.suppress(asyncio.CancelledError):
-                await keeper
-        finally:
-            await postgres.stop()
-
-
-async def keep_running(postgres: EmbeddedPostgres, stop: asyncio.Event) -> None:
-    """Start PostgreSQL again whenever it has ended. Stops the broker and raises EmbeddedError where it cannot."""
-    crashes = 0
-    while True:
-        began_at = time.monotonic()
-        code = await postgres.wait_ended()
-        crashes = 1 if time.monotonic() - began_at > LONG_LIFE_SECONDS else crashes + 1
-        log.error("embedded PostgreSQL has ended and is started again exit_code=%s", code)
-        try:
-            if crashes > MAX_CRASHES:
-                raise EmbeddedError("The embedded PostgreSQL ends again and again: its log may say why.")
-            await postgres.stop()
-            await postgres.start()
-        except EmbeddedError:
-            stop.set()
-            raise
-
-
-async def prepare(conninfo: str, settings: Settings, stop: asyncio.Event) -> None:
-    """Wait for the database, check it and migrate it.
-
-    Raises Stopped, and StartError where it cannot be reached in time or would lose messages.
-    """
-    give_up_at = time.monotonic() + settings.startup_timeout
-    while True:
-        try:
-            for name in await unless_stopped(stop, migrate(conninfo)):
-                log.info("migrated name=%s", name)
-            check_durability(await unless_stopped(stop, durability.facts_of(conninfo)), settings)
-            return
-        except psycopg.OperationalError as error:
-            reason = str(error).splitlines()[0]
-            if time.monotonic() >= give_up_at or any(words in reason for words in REFUSALS):
-                raise StartError(
-                    f"The database cannot be used: {reason}. Check --database-url (DATABASE_URL), or leave it out"
-                    " for an embedded PostgreSQL."
-                ) from error
-            log.warning("waiting for the database reason=%s", reason)
-            await unless_stopped(stop, asyncio.sleep(RETRY_SECONDS))
-        except psycopg.Error as error:
-            raise StartError(
-                f"The database cannot be migrated: {error}. The role needs the right to create a schema in it."
-            ) from error
-
-
-def check_durability(facts: ServerFacts, settings: Settings) -> None:
-    """Refuse a PostgreSQL that would lose what was acknowledged, unless that was said aloud."""
-    if not facts.risks:
-        return
-    risks = "; ".join(facts.risks)
-    if not settings.allow_data_loss:
-        raise StartError(
-            f"Acknowledged messages could be lost: {risks}. Set that to on in PostgreSQL, or say --allow-data-loss"
-            " (BROKER_ALLOW_DATA_LOSS=yes) where they may be."
-        )
-    log.warning("DATA LOSS IS ALLOWED: acknowledged messages can be lost because=%s", risks)
-
-
 class Server:
     """One process of a broker on a migrated database: an async context manager that serves while it is entered.
 
@@ -273,8 +104,6 @@ class Server:
         self.settings = settings
         self._share = share
         self._tls = tls_of(settings)
-        self._checks_host = is_loopback(settings.host)
-        self._allowed_hosts = {"localhost", "127.0.0.1", *(name.lower() for name in settings.allowed_host)}
         self.metrics = Metrics(share.metrics_folder if share else None)
         self.database = Database(
             conninfo,
@@ -317,7 +146,6 @@ class Server:
             max_failures=settings.max_failed_logins,
             limits=CallLimits(settings.max_calls_per_token, settings.max_call_rate_per_token),
         )
-        self._proxies = [ip_network(each) for each in settings.trusted_proxy]
         self.rpc = Rpc(
             compile_methods(document),
             self.methods.by_name(),
@@ -333,8 +161,11 @@ class Server:
             is_draining=lambda: self.runner.is_draining,
             read_gauges=self._read_gauges,
         )
+        self.entrance = Entrance(
+            settings, self.rpc, self.auth, self.metrics, self.limits, is_draining=lambda: self.runner.is_draining
+        )
         self.runner = ConnectionRunner(
-            self._application(), limits=self.limits, guard=self._guard, shutdown_timeout=CANCEL_SECONDS
+            self._application(), limits=self.limits, guard=self.entrance.guard, shutdown_timeout=CANCEL_SECONDS
         )
         self._services: list[asyncio.Task[None]] = []
 
@@ -353,7 +184,7 @@ class Server:
 
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=self.settings.max_request_bytes)
-        application.add_routes([web.post("/rpc", self._rpc), *self.pages.routes()])
+        application.add_routes([web.post("/rpc", self.entrance.call), *self.pages.routes()])
         return application
 
     def _read_gauges(self) -> None:
@@ -385,13 +216,13 @@ class Server:
         await self.auth.refresh()
         await self.runner.setup()
         services = [
-            self.auth.run,
             self.database.breaker.run,
             self.notifications.run,
             self.waiting.run,
             self.sweeper.run,
             self.calls.low_water.run,
             self.webhooks.run,
+            self.auth.run,
         ]
         if self._share is not None:
             services.append(self._show_gauges)
@@ -446,108 +277,6 @@ class Server:
                 await asyncio.wait(running, timeout=STOP_SERVICES_SECONDS)
         await self.database.close()
 
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Refuse what no route should see, and give every refusal the body of a JSON-RPC error."""
-        if not self._is_host_allowed(request.headers.get("Host")):
-            reason = "the Host header names another server; add the name with --allowed-host"
-            return refuse(421, InvalidRequest(reason=reason))
-        if request.raw_path == "/rpc" and request.method == "POST":
-            return await self._rpc(request)  # without the routes: nearly every request is one
-        try:
-            if request.path in NEEDS_TOKEN:
-                await self._identify(request)
-            return await handler(request)
-        except RefusedLogin as error:
-            return error.response
-        except web.HTTPException as error:
-            reason = "there is nothing at this address: calls go to POST /rpc"
-            if error.status == 405:
-                reason = f"this address does not take {request.method}"
-            allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-            return refuse(error.status, InvalidRequest(reason=reason), allow)
-
-    async def _rpc(self, request: web.Request) -> web.StreamResponse:
-        if self.runner.is_draining:
-            # Many clients send head and body apart, and take an answer that comes between for a broken connection.
-            await read_body(request, self.limits)
-            return unavailable(Unavailable(reason="This broker is being stopped, its database is fine"))
-        if any(each.strip().lower() != "identity" for each in request.headers.getall("Content-Encoding", [])):
-            return refuse(415, InvalidRequest(reason="bodies are not compressed; leave Content-Encoding away"))
-        if not is_json(request.headers.get("Content-Type", "")):
-            return refuse(415, InvalidRequest(reason="the Content-Type must be application/json"))
-        try:
-            caller = await self._identify(request)
-        except RefusedLogin as error:
-            return error.response
-        return await self.rpc.handle(request, caller, self._address(request))
-
-    async def _identify(self, request: web.Request) -> Caller | None:
-        """Return who calls. Raises RefusedLogin where he needs a token and has none that counts."""
-        try:
-            return await self.auth.identify(request.headers.get("Authorization"), self._address(request))
-        except Unauthorized:
-            self.metrics.refused_logins.labels("unauthorized").inc()
-            audit.login_refused(self._address(request), request.path, "unauthorized")
-            reason = "A token is needed that counts; send it as Authorization: Bearer wq_…"
-            raise RefusedLogin(refuse(401, Forbidden(reason=reason), {"WWW-Authenticate": "Bearer"})) from None
-        except Throttled as throttled:
-            self.metrics.refused_logins.labels("throttled").inc()
-            retry_after = math.ceil(throttled.retry_after)
-            limit = self.settings.max_failed_logins
-            refusal = Overloaded(limit=limit, what="failed logins from this address", retry_after=retry_after)
-            raise RefusedLogin(refuse(429, refusal, {"Retry-After": str(retry_after)})) from None
-        except Unavailable as error:
-            raise RefusedLogin(unavailable(error)) from None
-
-    def _address(self, request: web.Request) -> str:
-        """Return the address of the client: what proxies say of it counts only where they are trusted."""
-        address = request.remote or ""
-        if not self._proxies:
-            return address
-        for each in reversed(",".join(request.headers.getall("X-Forwarded-For", [])).split(",")):
-            if not any(is_in(address, network) for network in self._proxies) or not each.strip():
-                break
-            address = each.strip()
-        return address
-
-    def _is_host_allowed(self, host: str | None) -> bool:
-        """Against DNS rebinding: a page of a foreign site cannot name us by that site's name."""
-        if host is None or not self._checks_host:
-            return True
-        name = host_name(host)
-        return name in self._allowed_hosts or is_loopback(name)
-
-
-def is_in(address: str, network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
-    """Whether an address, which may be no address, lies in a network."""
-    try:
-        return ipaddress.ip_address(address) in network
-    except ValueError:
-        return False
-
-
-def cannot_listen(settings: Settings, error: OSError) -> StartError:
-    """Return the error that says that a port is not to be had."""
-    return StartError(
-        f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose another --port;"
-        " 0 picks a free one."
-    )
-
-
-def url_of(address: tuple[Any, ...], settings: Settings) -> str:
-    """Return the URL of a server that listens on a socket's address."""
-    host, port = address[:2]
-    scheme = "http" if settings.tls_certificate is None else "https"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def tls_of(settings: Settings) -> ssl.SSLContext | None:
-    """Return what connections are protected with, None where they are not. Raises StartError."""
-    try:
-        return server_context(settings.tls_certificate, settings.tls_key)
-    except CertificateError as error:
-        raise StartError(str(error)) from None
-
 
 async def keep_up(service: Callable[[], Awaitable[None]]) -> None:
     """Run a service until cancelled, and again where it fails in a way that it does not know itself."""
@@ -557,29 +286,6 @@ async def keep_up(service: Callable[[], Awaitable[None]]) -> None:
         except Exception:
             log.exception("service failed and is started again service=%s", service.__qualname__)
         await asyncio.sleep(RETRY_SECONDS)
-
-
-def host_name(host: str) -> str:
-    """Return the name in a Host header, without the port."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].split("]")[0]
-    return host.rsplit(":", 1)[0] if ":" in host else host
-
-
-def is_json(content_type: str) -> bool:
-    """Whether a Content-Type is application/json, in UTF-8 if it says in what."""
-    if content_type == "application/json":
-        return True
-    media_type, *parameters = (part.strip().lower() for part in content_type.split(";"))
-    return media_type == "application/json" and all(
-        parameter.replace('"', "") in ("", "charset=utf-8") for parameter in parameters
-    )
-
-
-def refuse(status: int, error: BrokerError, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Answer with an HTTP status and a JSON-RPC error."""
-    return web.Response(status=status, body=error_answer(error), content_type="application/json", headers=headers)
 
 
 def run_to_end(serving: Coroutine[Any, Any, None]) -> int:
