@@ -152,8 +152,9 @@ def _compile(method: Schema, components: Mapping[str, Schema]) -> MethodSchema:
         params=params,
         required=required,
         permission=_permission(method),
-        permission_on=tuple(method["x-permission-on"]),
-        permission_null=method.get("x-permission-null"),
+        permission_on=tuple(method.get("x-permission-on", ())),
+        # Where it is not said what it is for, it is not for everybody.
+        permission_null=method.get("x-permission-null", None if "x-permission-on" in method else "admin"),
         is_read_only=method.get("x-read-only", False),
         decoder=msgspec.json.Decoder(struct),
         components=components,
@@ -165,9 +166,9 @@ def _permission(method: Schema) -> str:
     name, permission = method["name"], method.get("x-permission")
     if permission not in PERMISSIONS:
         raise SchemaError(f"{name}: x-permission must be one of {', '.join(PERMISSIONS)}, not {permission}")
-    unknown = set(method.get("x-permission-on", ("x-permission-on",))) - {param["name"] for param in method["params"]}
+    unknown = set(method.get("x-permission-on", ())) - {param["name"] for param in method["params"]}
     if unknown:
-        raise SchemaError(f"{name}: {unknown.pop()} in x-permission-on is missing, or no param")
+        raise SchemaError(f"{name}: {unknown.pop()} in x-permission-on is no param")
     return str(permission)
 
 

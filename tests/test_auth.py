@@ -160,7 +160,7 @@ def test_the_schema_asks_for_what_the_contract_says() -> None:
         assert set(schema.permission_on) <= set(schema.params)
         marked = {key for key, value in params.items() if "{}" in json.dumps(value)}
         assert marked <= set(schema.permission_on), name
-    assert methods["count_messages"].permission_null == ADMIN
+    assert {name for name, schema in methods.items() if schema.permission_null} == {"count_messages"}
 
 
 @pytest.mark.parametrize("broken", [{"x-permission": "any"}, {"x-permission": None}, {"x-permission-on": ["nothing"]}])
