@@ -68,7 +68,6 @@ async def migrated_database(settings: Settings, stop: asyncio.Event) -> AsyncIte
         if conninfo is None:
             conninfo = await stack.enter_async_context(embedded_postgres(settings, stop))
         await prepare(conninfo, settings, stop)
-        await unless_stopped(stop, check_binding(settings, conninfo))
         yield conninfo
 
 
@@ -95,7 +94,8 @@ async def check_binding(settings: Settings, conninfo: str) -> None:
     elif settings.auth == "auto" and not await tokens.were_ever_on(conninfo):
         raise StartError(
             f"Whoever reaches {settings.host} could do everything, because there are no tokens. Make one (wonderq token"
-            " create NAME), or say --auth required (BROKER_AUTH=required), or --auth off in a network that you trust."
+            " create NAME), or say --auth required (BROKER_AUTH=required), or in a network that you trust --auth off"
+            " (BROKER_AUTH=off)."
         )
 
 
@@ -149,15 +149,16 @@ async def keep_running(postgres: EmbeddedPostgres, stop: asyncio.Event) -> None:
 
 
 async def prepare(conninfo: str, settings: Settings, stop: asyncio.Event) -> None:
-    """Wait for the database, check it and migrate it.
+    """Wait for the database, migrate it and check it.
 
-    Raises Stopped, and StartError where it cannot be reached in time or would lose messages.
+    Raises Stopped, and StartError where it cannot be reached in time, lets everybody in or would lose messages.
     """
     give_up_at = time.monotonic() + settings.startup_timeout
     while True:
         try:
             for name in await unless_stopped(stop, migrate(conninfo)):
                 log.info("migrated name=%s", name)
+            await unless_stopped(stop, check_binding(settings, conninfo))
             check_durability(await unless_stopped(stop, durability.facts_of(conninfo)), settings)
             return
         except psycopg.OperationalError as error:
