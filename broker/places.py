@@ -1,8 +1,8 @@
 """Places for messages on their way: so many in all, shared so that who is slow cannot keep them from the others.
 
-Whoever holds as many places as are free gets no more. So of n who would take all, each gets one in n + 1, and as many
-are left for the next one who comes: he never waits for those who are slow. Who waits is served in order, and is given
-the place, not told to try again: a place that comes free is never forgotten.
+Whoever holds as many places as are free gets no more. So one who takes all that he can leaves half of them, and of n
+who do so and now and then give one back each soon has one in n + 1: as many are left for the next one who comes. Who
+waits is served in order, and is given the place, not told to try again: a place that comes free is never forgotten.
 """
 
 from __future__ import annotations

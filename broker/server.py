@@ -56,6 +56,8 @@ log = logging.getLogger("broker.server")
 # Of the ten seconds within which the server must stop, what is under way gets this much; then each step of
 # the stop gets so little that a database which does not answer cannot use up the rest.
 DRAIN_SECONDS = 5.0
+# What is being pushed gets this much of it, and some is left to close the port in peace.
+PUSH_SECONDS = 4.0
 CANCEL_SECONDS = 0.25
 UNDO_SECONDS = 1.0
 STOP_SERVICES_SECONDS = 0.5
@@ -379,10 +381,14 @@ class Server:
         self.runner.start_draining()
         self.webhooks.stop_taking()
         self.waiting.close()
-        others_are_idle = self._share.all_are_idle if self._share else nobody_else
-        pushes = asyncio.create_task(self.webhooks.drain(DRAIN_SECONDS))
-        is_drained = await drain(self.runner, DRAIN_SECONDS, others_are_idle)
-        await pushes
+        pushed = asyncio.create_task(self.webhooks.drain(PUSH_SECONDS))
+
+        async def all_are_idle() -> None:
+            await asyncio.shield(pushed)
+            await (self._share.all_are_idle if self._share else nobody_else)()
+
+        is_drained = await drain(self.runner, DRAIN_SECONDS, all_are_idle)
+        await pushed
         if not is_drained:
             log.warning("stopped before every request was answered")
         await self._stop()

@@ -7,8 +7,9 @@ stays leased until it may be tried again: no message waits here for its next att
 Promises. A message is deleted when its receiver has answered 2xx; until then it is tried again, after 1 s, doubling,
 ± 50 %, at most an hour, or as long as `Retry-After` says, until its deliveries are used up and the sweeper moves it to
 the dead letters. While a lease runs nobody else sends the message. An endpoint that fails, hangs or answers nonsense
-takes no place from the others: an endpoint never has more places than it leaves free, and one that has failed several
-times in a row is only probed, with one message at a time, by one of all brokers, in places kept for that.
+takes no place from the others: an endpoint never has more places than it leaves free, fewer where it does not answer,
+and one that has failed several times in a row is only probed, with one message at a time, by one of all brokers, in
+places kept for that.
 
 Does not promise that a message arrives only once: a receiver may have taken what it could not confirm, and knows it
 by its `webhook-id`. Nor an order: several messages are on their way at once, and some are tried again.
@@ -48,6 +49,9 @@ WAIT_SECONDS = 60.0
 FAILURES = 5
 PROBE_SECONDS = 5.0
 PROBES = 16
+# An endpoint that is new is sent so many messages at one time. Each that it takes is one more, and where it does not
+# answer, or asks for patience, it is half as many: so a dead one soon has one place, and a busy one what it can bear.
+FIRST_AT_ONCE = 2
 # The first pause before a message is tried again, which doubles, the longest, and by which share they vary.
 FIRST_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 3600.0
@@ -89,8 +93,11 @@ class Endpoint:
 
     target: PushTarget
     url: URL
-    # Messages that hold places; probes hold none.
+    # Messages that hold places, until the database knows what came of them; probes hold none.
     places: int = 0
+    # Messages that have been sent, and not answered; and how many it may be.
+    sent: int = 0
+    at_once: int = FIRST_AT_ONCE
     is_failing: bool = False
     has_ended: bool = False
     paused_until: float = 0.0
@@ -101,8 +108,8 @@ class Endpoint:
     notes: asyncio.Lock = field(default_factory=asyncio.Lock)
     pending_notes: int = 0
     noted_at: float = 0.0
-    # Set whenever a message has left its place.
-    has_freed: asyncio.Event = field(default_factory=asyncio.Event)
+    # Set whenever a message has been answered.
+    has_answered: asyncio.Event = field(default_factory=asyncio.Event)
 
     def learn(self, target: PushTarget, read_at: float) -> None:
         """Take in what the database says, as of the time when it was asked."""
@@ -229,14 +236,15 @@ class Webhooks:
         loop = asyncio.get_running_loop()
         gather_until = loop.time() + GATHER_SECONDS
         while True:
-            free = self._limits.concurrency - endpoint.places
-            if free * 2 >= self._limits.concurrency or (free > 0 and loop.time() >= gather_until):
+            at_once = min(endpoint.at_once, self._limits.concurrency)
+            free = at_once - endpoint.sent
+            if free * 2 >= at_once or (free > 0 and loop.time() >= gather_until):
                 # Where there is no place at all, a message is leased and waits for it in order with the others.
                 return max(1, min(free, self._places.room(endpoint)))
-            endpoint.has_freed.clear()
+            endpoint.has_answered.clear()
             try:
                 async with asyncio.timeout_at(gather_until if free > 0 else None):
-                    await endpoint.has_freed.wait()
+                    await endpoint.has_answered.wait()
             except TimeoutError:
                 pass
 
@@ -249,15 +257,11 @@ class Webhooks:
                 for message, lease in zip(delivery.messages, delivery.leases, strict=True):
                     await self._places.take(endpoint)
                     sent += 1
-                    self._begin(Push(endpoint, message, lease), lambda: self._release(endpoint))
+                    self._begin(Push(endpoint, message, lease), lambda: self._places.release(endpoint))
         except TimeoutError:
             log.warning("no places for messages, which are given back messages=%d", len(delivery.messages) - sent)
         finally:
             self._give_back(endpoint.target.queue, delivery.leases[sent:])
-
-    def _release(self, endpoint: Endpoint) -> None:
-        self._places.release(endpoint)
-        endpoint.has_freed.set()
 
     def _give_back(self, queue: str, leases: Sequence[Lease]) -> None:
         """Let messages be handed out again as if they had not been."""
@@ -265,11 +269,13 @@ class Webhooks:
 
     def _begin(self, push: Push, done: Callable[[], object]) -> None:
         """Send a message in a task of its own."""
+        push.endpoint.sent += 1
         task = asyncio.create_task(self._push(push))
         self._pushes[task] = push
 
         def end(task: asyncio.Task[None]) -> None:
             del self._pushes[task]
+            push.endpoint.sent -= not push.is_answered
             done()
             _complain(task)
 
@@ -281,6 +287,8 @@ class Webhooks:
         began_at = time.perf_counter()
         answer = await self._receivers.post(endpoint.url, message.message_id, bytes(message.body), secrets)
         push.is_answered = True
+        endpoint.sent -= 1
+        endpoint.has_answered.set()
         self._metrics.push_ended(answer.outcome, time.perf_counter() - began_at)
         if answer.outcome is Outcome.DELIVERED:
             self._has_succeeded(endpoint)
@@ -326,6 +334,7 @@ class Webhooks:
 
     def _has_succeeded(self, endpoint: Endpoint) -> None:
         endpoint.failures_in_a_row = 0
+        endpoint.at_once = min(endpoint.at_once + 1, self._limits.concurrency)
         if endpoint.is_failing:
             endpoint.is_failing = False
             log.info("endpoint takes messages again host=%s", endpoint.url.raw_host)
@@ -334,6 +343,8 @@ class Webhooks:
 
     def _has_failed(self, endpoint: Endpoint, answer: Answer) -> None:
         endpoint.failures_in_a_row += 1
+        if answer.outcome is not Outcome.REFUSED or answer.retry_after is not None:
+            endpoint.at_once = max(1, endpoint.at_once // 2)
         if answer.retry_after is not None:
             self._pause(endpoint, answer.retry_after)
         if endpoint.failures_in_a_row >= FAILURES and not endpoint.is_failing:

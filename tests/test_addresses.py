@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from ipaddress import ip_network
@@ -270,6 +271,18 @@ async def test_hosts_whose_dns_hangs_hold_up_nobody_else(listener: Listener) -> 
         release.set()
         for response in await asyncio.wait_for(asyncio.gather(*hung), DEADLINE):
             response.close()
+
+
+def test_a_lookup_that_hangs_does_not_keep_the_process_from_ending() -> None:
+    program = (
+        "import asyncio, time; from broker.addresses import Guard; from broker import addresses;"
+        "addresses.CHECK_SECONDS = 0.05;"
+        "asyncio.run(Guard(look_up=lambda host: time.sleep(60)).check_url('https://dead.test/'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert "cannot be found" in done.stderr
 
 
 async def test_a_proxy_of_the_environment_is_not_used(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from broker.settings import Settings
 from broker.sharing import Scoreboard
 from broker.worker import SCOREBOARD, Job
 from outside import eventually
+from receiver import receiving, silent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
@@ -359,6 +360,32 @@ async def test_a_broker_whose_database_hangs_stops_within_ten_seconds(
     finally:
         pause(folder / "other", signal.SIGCONT)
         await postgres.stop()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_a_broker_that_stops_gives_back_what_an_endpoint_does_not_answer(
+    start: Start, http: aiohttp.ClientSession, database_url: str, processes: int
+) -> None:
+    flags = ("--database-url", database_url, "--webhook-allow", "127.0.0.0/8", "--processes", str(processes))
+    broker = await (await start(*flags)).ready()
+    await call(http, broker.url, "create_topic", topic="t")
+    async with receiving(silent) as receiver:
+        queue = (await call(http, broker.url, "subscribe", topic="t", name="a", url=receiver.url))["queue"]
+        for number in range(10):
+            await call(http, broker.url, "publish", topic="t", body=number)
+        await receiver.received(2)
+        broker.signal(signal.SIGTERM)
+        assert await broker.ended(STOP_SECONDS) == 0
+        pushed = len(receiver.requests)
+    assert "Traceback" not in broker.log
+    with psycopg.connect(database_url) as connection:
+        left = connection.execute(
+            "SELECT m.receive_count, m.visible_at <= now(), count(*)::int FROM broker.messages m"
+            " JOIN broker.queues q ON q.id = m.queue_id WHERE q.name = %s GROUP BY 1, 2",
+            (queue,),
+        ).fetchall()
+    assert left == [(0, True, 10)]
+    assert pushed <= 2 * processes
 
 
 @pytest.mark.parametrize("moment", ["while PostgreSQL starts", "while it waits for the database"])
