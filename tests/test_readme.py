@@ -8,13 +8,16 @@ import re
 import shutil
 import socket
 import sys
+import time
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 
+from broker.signatures import secret_bytes, sign
 from conftest import Broker, StartBroker
 
 README = Path(__file__).parent.parent / "README.md"
@@ -82,6 +85,22 @@ async def line_of(process: Process) -> str:
         return (await process.stdout.readline()).decode().strip()
 
 
+async def statuses(port: int, secret: str) -> list[int]:
+    """Send a message that nobody has signed, one that was signed long ago, and one twice; return the answers."""
+    now = int(time.time())
+    signed_at = {"unsigned": now, "old": now - 1000, "twice": now}
+    found = []
+    async with aiohttp.ClientSession() as session:
+        for message_id in ("unsigned", "old", "twice", "twice"):
+            timestamp, body = signed_at[message_id], f'"{message_id}"'.encode()
+            headers = {"webhook-id": message_id, "webhook-timestamp": str(timestamp), "webhook-signature": "v1,AAAA"}
+            if message_id != "unsigned":
+                headers["webhook-signature"] = sign(message_id, timestamp, body, [os.urandom(32), secret_bytes(secret)])
+            async with session.post(f"http://127.0.0.1:{port}/", data=body, headers=headers) as response:
+                found.append(response.status)
+    return found
+
+
 def secret_in(output: str) -> str:
     (secret,) = re.findall(r'"secret": "(whsec_[^"]+)"', output)
     return str(secret)
@@ -110,6 +129,8 @@ async def test_the_page_of_topics_works_when_pasted(start_broker: StartBroker, l
     async with receiver(language, port, old) as process:
         await paste(publish)
         assert await line_of(process) == '{"order": 9}'
+        assert await statuses(port, old) == [401, 401, 204, 204]
+        assert await line_of(process) == '"twice"'
         # With the old secret and with the new one a message is taken, for as long as both count.
         new = secret_in(await paste(rotate))
         await paste(publish)

@@ -96,13 +96,13 @@ async def own_broker(data_dir: Path, *options: str) -> AsyncIterator[str]:
             raise
 
 
-async def read_line(process: Process, who: str) -> str:
+async def read_line(process: Process, who: str, timeout: float = START_TIMEOUT) -> str:
     """Return the next line that a process prints."""
     assert process.stdout is not None
     try:
-        line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT)
+        line = await asyncio.wait_for(process.stdout.readline(), timeout)
     except TimeoutError:
-        raise DemoFailed(f"{who} said nothing for {START_TIMEOUT:.0f} s.") from None
+        raise DemoFailed(f"{who} said nothing for {timeout:.0f} s.") from None
     if not line:
         raise DemoFailed(f"{who} ended before it was ready.")
     return line.decode().strip()

@@ -63,6 +63,11 @@ class Demo:
     subscribers: list[Subscriber] = field(default_factory=list)
 
     @property
+    def patience(self) -> float:
+        """For how many seconds those may be silent who have all modules to work on."""
+        return PATIENCE + len(self.modules) / 10
+
+    @property
     def expected(self) -> int:
         """How many messages are to be handled in all."""
         return sum(map(len, self.wanted.values())) + len(self.wanted) * len(self.packages)
@@ -79,7 +84,7 @@ class Demo:
         held = await self.kill(index)
         killed_at, handled = time.monotonic(), index.ledger.count()
         print(f"index killed while it held {len(held)} messages, after {handled} modules", flush=True)
-        copies = sum([int(await read_line(publisher, "A publisher")) for publisher in publishers])
+        copies = sum([int(await read_line(publisher, "A publisher", self.patience)) for publisher in publishers])
         queue = await self.failing(index)
         await asyncio.sleep(max(0.0, killed_at + DOWN_SECONDS - time.monotonic()))
         waited, others = int((await self.client.count_messages(queue))["total"]), lines.ledger.count()
@@ -117,7 +122,7 @@ class Demo:
 
     async def kill(self, subscriber: Subscriber) -> set[str]:
         """Kill a subscriber that stalls, when it holds some; return the messages that it held."""
-        first = await read_line(subscriber.process, subscriber.name)
+        first = await read_line(subscriber.process, subscriber.name, self.patience)
         await asyncio.sleep(HOLD_SECONDS)
         subscriber.process.kill()
         assert subscriber.process.stdout is not None
