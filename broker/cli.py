@@ -128,16 +128,22 @@ def serve(settings: Settings) -> None:
 
 
 @main.command("migrate")
+@click.option(
+    "--runtime-role",
+    metavar="NAME",
+    help="A role for brokers to connect as: made where there is none of this name, it may read and write, and not"
+    " change the schema nor make tokens.",
+)
 @with_settings("database_url", "data_dir")
-def migrate_command(settings: Settings) -> None:
+def migrate_command(settings: Settings, runtime_role: str | None) -> None:
     """Bring the database's schema up to date; `serve` does the same at its start."""
 
     async def run() -> list[str]:
         if settings.database_url is not None:
-            return await migrate(settings.database_url)
+            return await migrate(settings.database_url, runtime_role=runtime_role)
         postgres = EmbeddedPostgres(settings.data_dir)
         try:
-            return await migrate(await postgres.start())
+            return await migrate(await postgres.start(), runtime_role=runtime_role)
         finally:
             await postgres.stop()
 
