@@ -37,6 +37,10 @@ help: ## Show this
 demo: $(INSTALLED) ## Do real work: hash every file below DEMO_DIR (default: Python's library)
 	@$(PY) -m examples.demo $(ARGS)
 
+.PHONY: demo-pubsub
+demo-pubsub: $(INSTALLED) ## Publish every module of DEMO_DIR to two subscribers, of which one is killed and comes back
+	@$(PY) -m examples.pubsub $(ARGS)
+
 .PHONY: serve
 serve: $(INSTALLED) ## Run a broker on http://127.0.0.1:8080, with a PostgreSQL of its own
 	@$(PY) -m broker serve $(ARGS)
@@ -107,7 +111,7 @@ wheel: $(INSTALLED) ## Build the sdist, and from it the wheel, into dist/
 	@$(PY) -m build --no-isolation --outdir dist
 
 .PHONY: clean
-clean: ## Remove what was installed, built or left by tests and demo
+clean: ## Remove what was installed, built or left by tests and demos
 	@rm -rf $(VENV) .demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
