@@ -15,7 +15,7 @@ from aiohttp import web
 
 from broker import audit
 from broker.auth import Auth, Caller, Throttled, Unauthorized
-from broker.connections import ConnectionLimits, read_body
+from broker.connections import MORE_HEADERS, ConnectionLimits, read_body
 from broker.errors import BrokerError, Forbidden, InvalidRequest, Overloaded, Unavailable, error_answer
 from broker.metrics import Metrics
 from broker.pages import unavailable
@@ -26,6 +26,13 @@ from broker.starting import is_loopback
 # Pages that only those may see who have a token, where one is needed.
 NEEDS_TOKEN = ("/metrics",)
 
+
+# What a browser is told before a page of another site, one that may call, sends its call.
+PREFLIGHT = {
+    "Access-Control-Allow-Methods": "POST",
+    "Access-Control-Allow-Headers": "authorization, content-type",
+    "Access-Control-Max-Age": "600",
+}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -58,6 +65,8 @@ class Entrance:
         self._max_failed_logins = settings.max_failed_logins
         self._checks_host = is_loopback(settings.host)
         self._allowed_hosts = {"localhost", "127.0.0.1", *(name.lower() for name in settings.allowed_host)}
+        # Pages of these sites may call; no others, because a browser lets none unless it is told to.
+        self._origins = frozenset(settings.cors_origin)
         self._proxies = [ip_network(each) for each in settings.trusted_proxy]
 
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -65,6 +74,11 @@ class Entrance:
         if not self._is_host_allowed(request.headers.get("Host")):
             reason = "the Host header names another server; add the name with --allowed-host"
             return refuse(421, InvalidRequest(reason=reason))
+        origin = request.headers.get("Origin") if self._origins else None
+        if origin in self._origins:
+            request[MORE_HEADERS] = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            if request.method == "OPTIONS" and request.path == "/rpc":
+                return web.Response(status=204, headers=PREFLIGHT)
         if request.raw_path == "/rpc" and request.method == "POST":
             return await self.call(request)  # without the routes: nearly every request is one
         try:

@@ -7,6 +7,7 @@ the server: there is no file to look for at three in the morning.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_network
@@ -47,6 +48,14 @@ def parse_networks(text: str) -> tuple[str, ...]:
         except ValueError:
             raise ValueError("it is no network, such as 10.0.0.0/8 or fd00::/8") from None
     return tuple(networks)
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    """Read a list of origins as browsers send them: scheme, host, and a port where it is not the usual one."""
+    origins = parse_list(text)
+    if not all(re.fullmatch(r"https?://[a-z0-9.:\[\]-]+", origin) for origin in origins):
+        raise ValueError("an origin is as https://tools.example, in small letters and without a path")
+    return origins
 
 
 def parse_switch(text: str) -> bool:
@@ -207,6 +216,15 @@ class Settings:
         shown_default="none",
         help="One more name that the Host header may carry while bound to loopback (localhost,"
         " 127.0.0.1 and [::1] always may). Guards against DNS rebinding.",
+    )
+    cors_origin: tuple[str, ...] = setting(
+        (),
+        flag="--cors-origin",
+        variable="BROKER_CORS_ORIGIN",
+        parse=parse_origins,
+        repeatable=True,
+        shown_default="none",
+        help="A site, as `https://tools.example`, whose pages may call the broker from a browser.",
     )
     processes: int = setting(
         1,

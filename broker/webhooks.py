@@ -22,11 +22,13 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from yarl import URL
 
+from broker.endpoints import Endpoint
 from broker.errors import BrokerError, Unavailable
 from broker.metrics import Metrics
 from broker.model import Lease, Message
@@ -37,7 +39,6 @@ from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database
 from broker.storage.handing_out import Delivery
 from broker.storage.notifications import News
-from broker.storage.subscriptions import PushTarget
 
 log = logging.getLogger("broker.webhooks")
 
@@ -45,13 +46,9 @@ log = logging.getLogger("broker.webhooks")
 LOOK_SECONDS = 1.0
 # A consumer asks for messages anew after so long; nothing depends on it.
 WAIT_SECONDS = 60.0
-# An endpoint is probed after so many failures in a row, each time after so long, and so many of them at one time.
-FAILURES = 5
+# An endpoint that fails is probed each time after so long, and so many of them at one time.
 PROBE_SECONDS = 5.0
 PROBES = 16
-# An endpoint that is new is sent so many messages at one time. Each that it takes is one more, and where it does not
-# answer, or asks for patience, it is half as many: so a dead one soon has one place, and a busy one what it can bear.
-FIRST_AT_ONCE = 2
 # The first pause before a message is tried again, which doubles, the longest, and by which share they vary.
 FIRST_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 3600.0
@@ -85,41 +82,6 @@ class PushLimits:
     concurrency: int = 32
     total: int = 256
     timeout: float = 15.0
-
-
-@dataclass(eq=False)
-class Endpoint:
-    """A url that is pushed to, and what this process knows of it. Times are the loop's."""
-
-    target: PushTarget
-    url: URL
-    # Messages that hold places, until the database knows what came of them; probes hold none.
-    places: int = 0
-    # Messages that have been sent, and not answered; and how many it may be.
-    sent: int = 0
-    at_once: int = FIRST_AT_ONCE
-    is_failing: bool = False
-    has_ended: bool = False
-    paused_until: float = 0.0
-    failures_in_a_row: int = 0
-    is_probed: bool = False
-    consumer: asyncio.Task[None] | None = None
-    # What was found out here, until the database knows it: in order, and not overruled by what was read before.
-    notes: asyncio.Lock = field(default_factory=asyncio.Lock)
-    pending_notes: int = 0
-    noted_at: float = 0.0
-    # Set whenever a message has been answered.
-    has_answered: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def learn(self, target: PushTarget, read_at: float) -> None:
-        """Take in what the database says, as of the time when it was asked."""
-        self.target = target
-        if self.pending_notes or self.noted_at > read_at:
-            return
-        if self.is_failing and not target.is_failing:
-            self.failures_in_a_row = 0
-        self.is_failing = target.is_failing
-        self.paused_until = read_at + target.paused_for if target.paused_for else 0.0
 
 
 @dataclass(eq=False)
@@ -183,11 +145,9 @@ class Webhooks:
                 await self._claim_probes()
             except BrokerError as error:
                 log.warning("no look at the subscriptions reason=%s", error.type)
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._has_changed.wait()
-            except TimeoutError:
-                pass
 
     async def _look(self) -> None:
         """Read the targets; begin to consume for those that are new, and cease for those that are gone."""
@@ -200,23 +160,22 @@ class Webhooks:
         for number, target in targets.items():
             endpoint = self._endpoints.get(number)
             if endpoint is None:
-                endpoint = self._endpoints[number] = Endpoint(target, URL(target.url))
+                endpoint = self._endpoints[number] = Endpoint(target, URL(target.url), self._limits.concurrency)
             endpoint.learn(target, read_at)
             self._regulate(endpoint)
 
     def _regulate(self, endpoint: Endpoint) -> None:
         """Let an endpoint have a consumer where it may be pushed to, and none where not."""
         loop = asyncio.get_running_loop()
-        pause = endpoint.paused_until - loop.time()
-        may_consume = not (self._is_stopping or endpoint.has_ended or endpoint.is_failing or pause > 0)
+        may_consume = endpoint.may_be_sent_messages(loop.time()) and not self._is_stopping
         if may_consume and (endpoint.consumer is None or endpoint.consumer.done()):
             endpoint.consumer = asyncio.create_task(self._consume(endpoint))
             endpoint.consumer.add_done_callback(_complain)
         elif not may_consume and endpoint.consumer is not None:
             endpoint.consumer.cancel()
             endpoint.consumer = None
-        if 0 < pause < LOOK_SECONDS:
-            loop.call_later(pause, self._regulate, endpoint)
+        if 0 < endpoint.paused_until - loop.time() < LOOK_SECONDS:
+            loop.call_at(endpoint.paused_until, self._regulate, endpoint)
 
     async def _consume(self, endpoint: Endpoint) -> None:
         """Lease messages and send them, until cancelled."""
@@ -224,29 +183,23 @@ class Webhooks:
             wanted = await self._wanted(endpoint)
             try:
                 delivery = await self._dequeue(endpoint.target.queue, wanted, self._lease_seconds, WAIT_SECONDS)
-            except (
-                BrokerError
-            ):  # the database is away, of which the next look tells, or the queue is just being deleted
+            except BrokerError:
+                # The database is away, of which the next look tells, or the queue is just being deleted.
                 await asyncio.sleep(RETRY_SECONDS * random.uniform(1, 2))  # noqa: S311
-            else:
-                await self._send(endpoint, delivery)
+                continue
+            await self._send(endpoint, delivery)
 
     async def _wanted(self, endpoint: Endpoint) -> int:
-        """Return how many messages to lease, as soon as it is some that are worth a statement."""
+        """Return how many messages to lease, as soon as they are worth a statement."""
         loop = asyncio.get_running_loop()
         gather_until = loop.time() + GATHER_SECONDS
-        while True:
-            at_once = min(endpoint.at_once, self._limits.concurrency)
-            free = at_once - endpoint.sent
-            if free * 2 >= at_once or (free > 0 and loop.time() >= gather_until):
-                # Where there is no place at all, a message is leased and waits for it in order with the others.
-                return max(1, min(free, self._places.room(endpoint)))
+        while not endpoint.is_half_free and (endpoint.room <= 0 or loop.time() < gather_until):
             endpoint.has_answered.clear()
-            try:
-                async with asyncio.timeout_at(gather_until if free > 0 else None):
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(gather_until if endpoint.room > 0 else None):
                     await endpoint.has_answered.wait()
-            except TimeoutError:
-                pass
+        # Where there is no place at all, a message is leased and waits for it in order with the others.
+        return max(1, min(endpoint.room, self._places.room(endpoint)))
 
     async def _send(self, endpoint: Endpoint, delivery: Delivery) -> None:
         """Send what was leased, each message when it has a place; give back what has not had one in time."""
@@ -285,7 +238,11 @@ class Webhooks:
         """Send a message and do with it what the answer asks for."""
         endpoint, message, secrets = push.endpoint, push.message, push.endpoint.target.secrets
         began_at = time.perf_counter()
-        answer = await self._receivers.post(endpoint.url, message.message_id, bytes(message.body), secrets)
+        try:
+            answer = await self._receivers.post(endpoint.url, message.message_id, bytes(message.body), secrets)
+        except Exception:
+            log.exception("a push failed in an unknown way host=%s", endpoint.url.raw_host)
+            answer = Answer(Outcome.UNANSWERED)
         push.is_answered = True
         endpoint.sent -= 1
         endpoint.has_answered.set()
@@ -333,35 +290,19 @@ class Webhooks:
             await asyncio.sleep(RETRY_SECONDS * random.uniform(1, 2))  # noqa: S311
 
     def _has_succeeded(self, endpoint: Endpoint) -> None:
-        endpoint.failures_in_a_row = 0
-        endpoint.at_once = min(endpoint.at_once + 1, self._limits.concurrency)
-        if endpoint.is_failing:
-            endpoint.is_failing = False
+        if endpoint.has_taken_one():
             log.info("endpoint takes messages again host=%s", endpoint.url.raw_host)
             self._note(endpoint, lambda connection: subscriptions.note_active(connection, endpoint.target.id))
             self._regulate(endpoint)
 
     def _has_failed(self, endpoint: Endpoint, answer: Answer) -> None:
-        endpoint.failures_in_a_row += 1
-        if answer.outcome is not Outcome.REFUSED or answer.retry_after is not None:
-            endpoint.at_once = max(1, endpoint.at_once // 2)
-        if answer.retry_after is not None:
-            self._pause(endpoint, answer.retry_after)
-        if endpoint.failures_in_a_row >= FAILURES and not endpoint.is_failing:
-            endpoint.is_failing = True
+        number, seconds = endpoint.target.id, answer.retry_after
+        if seconds is not None and endpoint.pause(asyncio.get_running_loop().time() + seconds):
+            self._note(endpoint, lambda connection: subscriptions.pause(connection, number, seconds))
+        if endpoint.has_failed(answer):
             log.warning("endpoint fails and is only probed host=%s outcome=%s", endpoint.url.raw_host, answer.outcome)
-            self._note(
-                endpoint,
-                lambda connection: subscriptions.note_failing(connection, endpoint.target.id, PROBE_SECONDS),
-            )
+            self._note(endpoint, lambda connection: subscriptions.note_failing(connection, number, PROBE_SECONDS))
         self._regulate(endpoint)
-
-    def _pause(self, endpoint: Endpoint, seconds: float) -> None:
-        """Leave an endpoint alone; of many messages that were on their way it says so once."""
-        until = asyncio.get_running_loop().time() + seconds
-        if until > endpoint.paused_until + LOOK_SECONDS:
-            endpoint.paused_until = until
-            self._note(endpoint, lambda connection: subscriptions.pause(connection, endpoint.target.id, seconds))
 
     def _has_ended(self, endpoint: Endpoint) -> None:
         if not endpoint.has_ended:
@@ -468,4 +409,4 @@ def pause_after(receive_count: int) -> float:
 def _complain(task: asyncio.Task[None]) -> None:
     """Say of a task that has ended if it failed in a way that nobody has thought of."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("a push failed in an unknown way", exc_info=error)
+        log.error("what came of a push was not noted, and it may be sent again", exc_info=error)

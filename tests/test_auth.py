@@ -323,6 +323,33 @@ async def test_some_pages_are_free_and_metrics_are_not(world: World) -> None:
     assert await status("/metrics", Authorization=f"Bearer {await world.of_kind('none')}") == 200
 
 
+async def test_only_pages_of_named_sites_may_call_from_a_browser(start_broker: StartBroker) -> None:
+    broker = await start_broker(cors_origin=("https://tools.example",))
+    call = {"jsonrpc": "2.0", "id": 1, "method": "enqueue", "params": {"body": 1}}
+
+    async def headers(method: str, origin: str, **more: Any) -> tuple[int, dict[str, str]]:
+        async with broker.http.request(method, f"{broker.url}/rpc", headers={"Origin": origin}, **more) as response:
+            await response.read()
+            named = {name: value for name, value in response.headers.items() if name.startswith("Access-Control")}
+            return response.status, named
+
+    status, told = await headers("OPTIONS", "https://tools.example")
+    assert (status, told["Access-Control-Allow-Origin"]) == (204, "https://tools.example")
+    assert "authorization" in told["Access-Control-Allow-Headers"]
+    assert await headers("POST", "https://tools.example", json=call) == (
+        200, {"Access-Control-Allow-Origin": "https://tools.example"},
+    )  # fmt: skip
+    taking = call | {"method": "dequeue", "params": {}}
+    assert (await headers("POST", "https://tools.example", json=taking))[1], "also where messages are handed out"
+    assert (await headers("POST", "https://tools.example", data=b"x"))[1], "also what is refused"
+    for origin in ("https://evil.example", "https://tools.example.evil", "null", ""):
+        assert await headers("OPTIONS", origin) == (405, {})
+        assert (await headers("POST", origin, json=call))[1] == {}
+    closed = await start_broker()
+    async with closed.http.options(f"{closed.url}/rpc", headers={"Origin": "https://tools.example"}) as response:
+        assert (response.status, response.headers.get("Access-Control-Allow-Origin")) == (405, None)
+
+
 async def test_after_the_first_token_auto_asks_for_one_for_good(
     start_broker: StartBroker, connection: Connection
 ) -> None:

@@ -210,6 +210,10 @@ VALUES: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "tls_certificate": (("/a.pem", Path("/a.pem")), ("b.pem", Path("b.pem"))),
     "tls_key": (("/a.pem", Path("/a.pem")), ("b.pem", Path("b.pem"))),
     "allowed_host": (("a.example", ("a.example",)), ("b, c", ("b", "c"))),
+    "cors_origin": (
+        ("https://a.example", ("https://a.example",)),
+        ("http://b:1, http://c", ("http://b:1", "http://c")),
+    ),
     "processes": (("2", 2), ("64", 64)),
     "sweep_interval": (("0.01", 0.01), ("3600", 3600.0)),
     "request_timeout": (("0.1", 0.1), ("600", 600.0)),

@@ -22,10 +22,11 @@ import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from broker import draining, server, webhooks
+from broker.endpoints import Endpoint
 from broker.server import Server
 from broker.settings import Settings
 from broker.storage.database import Connection
-from broker.webhooks import Endpoint, pause_after
+from broker.webhooks import pause_after
 from conftest import Broker, StartBroker
 from outside import eventually, without_database
 from receiver import Behaviour, Pushed, Receiver, answering, receiving, resetting, saying, silent
