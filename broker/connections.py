@@ -52,7 +52,7 @@ class ConnectionLimits:
 
 
 # What is to be said with the answer to a request, whoever answers: set it as request[MORE_HEADERS].
-MORE_HEADERS = "wonderq.more_headers"
+MORE_HEADERS = web.RequestKey("more_headers", dict[str, str])
 
 
 class BodyTooLarge(Exception):

@@ -328,7 +328,8 @@ async def test_only_pages_of_named_sites_may_call_from_a_browser(start_broker: S
     call = {"jsonrpc": "2.0", "id": 1, "method": "enqueue", "params": {"body": 1}}
 
     async def headers(method: str, origin: str, **more: Any) -> tuple[int, dict[str, str]]:
-        async with broker.http.request(method, f"{broker.url}/rpc", headers={"Origin": origin}, **more) as response:
+        json_text = {"Origin": origin, "Content-Type": "application/json"}
+        async with broker.http.request(method, f"{broker.url}/rpc", headers=json_text, **more) as response:
             await response.read()
             named = {name: value for name, value in response.headers.items() if name.startswith("Access-Control")}
             return response.status, named
