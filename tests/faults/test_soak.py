@@ -19,6 +19,9 @@ async def test_promises_hold_under_random_faults(seed: int, capsys: pytest.Captu
     with capsys.disabled():
         kept = ("seed", "seconds", "acknowledged", "lost", "duplicated_share", "drain_seconds")
         print(f"\nsoak: {json.dumps({name: summary[name] for name in kept})}")
+        print(json.dumps(summary["queues"]))
     assert outcome.violations == {}, json.dumps(summary, indent=1)
     assert outcome.faults.total() == FAULTS
     assert outcome.verdict.acknowledged > 10 * FAULTS
+    for queue, verdict in outcome.verdicts.items():
+        assert verdict.acknowledged > FAULTS, f"{queue} has seen too little"
