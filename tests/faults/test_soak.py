@@ -19,6 +19,9 @@ async def test_promises_hold_under_random_faults(seed: int, record_property: Cal
     summary = outcome.summary()
     kept = ("seed", "seconds", "acknowledged", "lost", "duplicated_share", "drain_seconds")
     record_property("soak", json.dumps({name: summary[name] for name in kept}))
+    record_property("soak of each queue", json.dumps(summary["queues"]))
     assert outcome.violations == {}, json.dumps(summary, indent=1)
     assert outcome.faults.total() == FAULTS
     assert outcome.verdict.acknowledged > 10 * FAULTS
+    for queue, verdict in outcome.verdicts.items():
+        assert verdict.acknowledged > FAULTS, f"{queue} has seen too little"
