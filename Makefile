@@ -12,6 +12,9 @@ PG_BIN ?= /usr/lib/postgresql/15/bin
 NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,addresses benchmarks cli client connections docs endpoints examples \
 	packaging places processes readme receivers rpc schema signatures transport)
 
+# As many processes as cores share the tests, each with a PostgreSQL of its own: make test ARGS='-n 0' uses one.
+SHARED = -n auto --maxprocesses 4 --dist worksteal
+
 VENV = .venv
 PY = $(VENV)/bin/python
 
@@ -47,16 +50,16 @@ serve: $(INSTALLED) ## Run a broker on http://127.0.0.1:8080, with a PostgreSQL 
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(SHARED) $(ARGS)
 
 .PHONY: test-postgresql
 test-postgresql: $(INSTALLED) ## Run those with SQL on another PostgreSQL (PG_BIN, default Debian's 15)
 	@$(PG_BIN)/postgres --version
-	@BROKER_PG_BIN=$(PG_BIN) $(PY) -m pytest $(NOT_ABOUT_SQL:%=--ignore=%) $(ARGS)
+	@BROKER_PG_BIN=$(PG_BIN) $(PY) -m pytest $(SHARED) $(NOT_ABOUT_SQL:%=--ignore=%) $(ARGS)
 
 .PHONY: test-faults
 test-faults: $(INSTALLED) ## Run the tests that kill, hang and cut off brokers, clients and PostgreSQL (PG_BIN), in five minutes
-	@PG_BIN=$(PG_BIN) $(PY) -m pytest tests/faults $(ARGS)
+	@PG_BIN=$(PG_BIN) $(PY) -m pytest $(SHARED) tests/faults $(ARGS)
 
 .PHONY: soak
 soak: $(INSTALLED) ## Let random faults happen for as long as asked: make soak ARGS='--seed 7 --faults 50'

@@ -101,9 +101,11 @@ async def subscribe(
     Raises TopicNotFound, QueueNotFound, SubscriptionExists where something differs, Overloaded where the topic has too
     many, and InvalidParams where dead letters would come back.
     """
-    named = queues.stored_values({each: value for each, value in attributes.items() if value is not None})
-    if attributes.get("dead_letter_queue", ...) is None:
-        named["dead_letter_queue"] = None
+    named: dict[str, Any] = {}
+    if url is not None:  # a queue that somebody made has its own, whatever null is named here
+        named = queues.stored_values({each: value for each, value in attributes.items() if value is not None})
+        if attributes.get("dead_letter_queue", ...) is None:
+            named["dead_letter_queue"] = None
     async with connection.transaction():
         await connection.execute(queues.LOCK_QUEUES)
         found = await _first_row(connection, _TOPIC, topic=topic)

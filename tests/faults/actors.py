@@ -1,17 +1,21 @@
-"""A producer or a consumer, a process of its own that can be killed and paused; needs little but the standard library.
+"""A client with one task, a process of its own that can be killed and paused; needs little but the standard library.
 
     python actors.py produce NAME URLS QUEUE SEED HISTORY
     python actors.py consume NAME URLS QUEUE SEED HISTORY LEASE_SECONDS
+    python actors.py publish NAME URLS TOPIC SEED HISTORY [MESSAGES]
+    python actors.py broadcast NAME URLS TOPIC SEED HISTORY
 
 It calls one of the brokers at URLS (separated by commas), goes to the next one when that fails, and repeats a call
-until it has a definite answer: producers with idempotency keys. Now and then a producer gives up what it was told was
-certainly not stored, and a consumer forgets a message, gives it back or extends its lease. HISTORY gets a line for
-each event of `history.py`, written before a call is made and after its answer came. SIGTERM: it finishes what it has
-begun, and ends.
+until it has a definite answer: producers and publishers with idempotency keys. Now and then a producer gives up what it
+was told was certainly not stored, and a consumer forgets a message, gives it back or extends its lease. A publisher of
+so many MESSAGES gives none up, takes no rest, and ends. Who broadcasts repeats it until it is complete. HISTORY gets a
+line for each event of `history.py`, written before a call is made and after its answer came. SIGTERM: it finishes what
+it has begun, and ends; who broadcasts does so once more.
 """
 
 import http.client
 import json
+import math
 import os
 import random
 import signal
@@ -29,6 +33,10 @@ WAIT_SECONDS = 0.5
 # the faults are over, and what a drain takes then is the time of leases.
 THINK_SECONDS = 0.05
 MOST_MESSAGES = 10
+# Between two broadcasts, on average.
+BROADCAST_SECONDS = 0.5
+# A published value ends with one, which is a header too, so that subscriptions can ask for it.
+COLOURS = ("red", "blue")
 
 is_ending = False
 
@@ -141,6 +149,37 @@ def produce(name: str, brokers: Brokers, queue: str, rng: random.Random, history
         time.sleep(rng.expovariate(1 / THINK_SECONDS))
 
 
+def publish(name: str, brokers: Brokers, topic: str, rng: random.Random, history: History, messages: float) -> None:
+    number = 0
+    while not is_ending and number < messages:
+        colour = rng.choice(COLOURS)
+        value = f"{name}-{number}-{colour}"
+        number += 1
+        message = {"body": value, "headers": {"colour": colour}, "idempotency_key": value}
+        gives_up = messages == math.inf and rng.random() < 0.2
+        history.add("attempted", values=[value])
+        try:
+            published = brokers.call("publish", gives_up=gives_up, topic=topic, **message)
+        except AttemptFailed:
+            history.add("refused", values=[value])
+            continue
+        ids = [published["message_id"]]
+        history.add("acknowledged", values=[value], message_ids=ids, deliveries=published["deliveries"])
+        if messages == math.inf:
+            time.sleep(rng.expovariate(1 / THINK_SECONDS))
+
+
+def broadcast(brokers: Brokers, topic: str, rng: random.Random, history: History) -> None:
+    while True:
+        is_last = is_ending
+        answer = brokers.call("broadcast", topic=topic)
+        history.add("broadcast", messages=answer["messages"], complete=answer["complete"])
+        if answer["complete"]:
+            if is_last:
+                break
+            time.sleep(rng.expovariate(1 / BROADCAST_SECONDS))
+
+
 def consume(brokers: Brokers, queue: str, rng: random.Random, history: History, lease: float) -> None:
     while not is_ending:
         asked_at = time.monotonic()
@@ -153,6 +192,7 @@ def consume(brokers: Brokers, queue: str, rng: random.Random, history: History, 
                 asked_at=asked_at,
                 value=message["body"],
                 message_id=message["message_id"],
+                published_id=message.get("published_id"),
                 receipt=message["receipt"],
                 visible_at=message["visible_at"],
                 visibility_timeout=lease,
@@ -209,11 +249,15 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    what, name, urls, queue, seed, path, *rest = sys.argv[1:]
+    what, name, urls, target, seed, path, *rest = sys.argv[1:]
     rng = random.Random(f"{seed} {name}")
     history = History(path)
     brokers = Brokers(urls.split(","), rng, history)
     if what == "produce":
-        produce(name, brokers, queue, rng, history)
+        produce(name, brokers, target, rng, history)
+    elif what == "publish":
+        publish(name, brokers, target, rng, history, float(rest[0]) if rest else math.inf)
+    elif what == "broadcast":
+        broadcast(brokers, target, rng, history)
     else:
-        consume(brokers, queue, rng, history, float(rest[0]))
+        consume(brokers, target, rng, history, float(rest[0]))

@@ -1,5 +1,7 @@
 """What clients did and saw, and the check of it, in the manner of Jepsen's total-queue.
 
+What is published has as many histories as there are subscriptions: of all that was published, what each wants of it.
+
 A history is complete only when the queue was drained to its end afterwards. Every producer sends values that nobody
 else sends. What a client was not told (its process was killed, the connection broke) is unknown, and counts neither
 as done nor as not done.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -37,10 +39,11 @@ class Attempted(Event, tag="attempted", frozen=True, kw_only=True):
 
 
 class Acknowledged(Event, tag="acknowledged", frozen=True, kw_only=True):
-    """It was told that they are stored."""
+    """It was told that they are stored; or published, in so many copies."""
 
     values: list[str]
     message_ids: list[str]
+    deliveries: int | None = None
 
 
 class Refused(Event, tag="refused", frozen=True, kw_only=True):
@@ -50,7 +53,10 @@ class Refused(Event, tag="refused", frozen=True, kw_only=True):
 
 
 class Delivered(Event, tag="delivered", frozen=True, kw_only=True):
-    """A consumer, which asked at `asked_at`, was given a message for `visibility_timeout` seconds."""
+    """A consumer, which asked at `asked_at`, was given a message for `visibility_timeout` seconds.
+
+    `published_id` is the id that the publisher was told, of a copy.
+    """
 
     asked_at: float
     value: str
@@ -58,6 +64,7 @@ class Delivered(Event, tag="delivered", frozen=True, kw_only=True):
     receipt: str
     visible_at: datetime
     visibility_timeout: float
+    published_id: str | None = None
 
     @property
     def leased_at(self) -> datetime:
@@ -91,6 +98,13 @@ class Extended(Event, tag="extended", frozen=True, kw_only=True):
     visible_at: datetime | None
 
 
+class Broadcast(Event, tag="broadcast", frozen=True, kw_only=True):
+    """A topic was broadcast: so many messages, and whether that was all."""
+
+    messages: int
+    complete: bool
+
+
 class Failed(Event, tag="failed", frozen=True, kw_only=True):
     """An attempt failed, which said whether anything may have been done, after so many seconds."""
 
@@ -100,7 +114,9 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
     seconds: float
 
 
-AnyEvent = Attempted | Acknowledged | Refused | Delivered | Deleting | Deleted | Extending | Extended | Failed
+AnyEvent = (
+    Attempted | Acknowledged | Refused | Delivered | Deleting | Deleted | Extending | Extended | Broadcast | Failed
+)
 
 
 def read(text: bytes) -> list[AnyEvent]:
@@ -108,6 +124,17 @@ def read(text: bytes) -> list[AnyEvent]:
     whole, _, _ = text.rpartition(b"\n")
     decoder = msgspec.json.Decoder(AnyEvent)
     return [decoder.decode(line) for line in whole.splitlines()]
+
+
+def wanted(events: Iterable[AnyEvent], suffix: str) -> list[AnyEvent]:
+    """Return what publishers did and were told of the values that end so, and nothing of what failed."""
+    chosen: list[AnyEvent] = []
+    for event in events:
+        match event:
+            case Attempted() | Refused() | Acknowledged() if event.values[0].endswith(suffix):
+                assert len(event.values) == 1, "they are published one by one"
+                chosen.append(event)
+    return chosen
 
 
 @dataclass
@@ -189,6 +216,7 @@ def check(events: Iterable[AnyEvent]) -> Verdict:
     acknowledged: set[str] = set()
     refused: set[str] = set()
     ids: dict[str, set[str]] = defaultdict(set)
+    copies: dict[str, set[str]] = defaultdict(set)
     holds: dict[str, Hold] = {}
     for event in sorted(events, key=lambda event: event.at):
         match event:
@@ -204,9 +232,12 @@ def check(events: Iterable[AnyEvent]) -> Verdict:
                 refused.update(event.values)
             case Delivered():
                 holds[event.receipt] = Hold(event)
-                ids[event.value].add(event.message_id)
+                ids[event.value].add(event.published_id or event.message_id)
+                copies[event.value].add(event.message_id)
             case Failed():
                 verdict.failures[f"{event.method} {event.type} {event.outcome}"] += 1
+            case Broadcast():
+                pass
             case _:
                 _note(holds[event.receipt], event)
     came_out = {hold.delivered.value for hold in holds.values()}
@@ -216,9 +247,23 @@ def check(events: Iterable[AnyEvent]) -> Verdict:
     verdict.lost = sorted(acknowledged - came_out)
     verdict.unexpected = sorted(value for value in came_out if value not in sent or value in refused)
     verdict.recovered = len(came_out & sent.keys() - acknowledged - refused)
-    verdict.stored_twice = sorted(value for value, known in ids.items() if len(known) > 1)
+    verdict.stored_twice = sorted(value for value in ids if len(ids[value]) > 1 or len(copies[value]) > 1)
     _check_leases(verdict, holds.values())
     return verdict
+
+
+def together(verdicts: Mapping[str, Verdict]) -> Verdict:
+    """Return what the histories of several queues come to; what is violated is said to be so of which."""
+    total = Verdict()
+    for name, verdict in verdicts.items():
+        for each in ("attempted", "acknowledged", "deliveries", "recovered", "given_back"):
+            setattr(total, each, getattr(total, each) + getattr(verdict, each))
+        for each, values in verdict._lists():
+            getattr(total, each).extend(f"{name}: {value}" for value in values)
+        total.duplicated += verdict.duplicated
+        total.failures += verdict.failures
+        total.slowest_enqueue_seconds = max(total.slowest_enqueue_seconds, verdict.slowest_enqueue_seconds)
+    return total
 
 
 def _note(hold: Hold, event: Deleting | Deleted | Extending | Extended) -> None:

@@ -1,4 +1,4 @@
-"""Producers and consumers as processes, and the history that they leave."""
+"""Producers, consumers, publishers and who broadcasts as processes, and the history that they leave."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ ACTORS = Path(__file__).with_name("actors.py")
 class Actor:
     """A process of `actors.py`."""
 
-    def __init__(self, what: str, name: str, process: subprocess.Popen[bytes], history: Path) -> None:
+    def __init__(self, what: str, target: str, name: str, process: subprocess.Popen[bytes], history: Path) -> None:
         self.what = what
+        self.target = target
         self.name = name
         self.history = history
         self.process = process
@@ -44,7 +45,7 @@ class Actor:
 
 
 class Load:
-    """All actors on one queue; to be closed when nothing more is wanted of them."""
+    """All actors; to be closed when nothing more is wanted of them. `queue` is for those of whom no other is said."""
 
     def __init__(self, folder: Path, urls: Sequence[str], *, seed: int, lease_seconds: float, queue: str) -> None:
         self._folder = folder
@@ -55,12 +56,13 @@ class Load:
         self._names = itertools.count(1)
         self._actors: list[Actor] = []
 
-    def start(self, what: str) -> None:
-        """Start one more that will "produce" or "consume"."""
+    def start(self, what: str, target: str | None = None, *more: object) -> None:
+        """Start one more that will "produce" or "consume", or "publish" to or "broadcast" a topic."""
+        target = target or self._queue
         name = f"{what}-{next(self._names)}"
         history = self._folder / f"{name}.history"
         history.touch()
-        words = [what, name, ",".join(self._urls), self._queue, str(self._seed), str(history)]
+        words = [what, name, ",".join(self._urls), target, str(self._seed), str(history), *map(str, more)]
         if what == "consume":
             words.append(str(self._lease_seconds))
         with (self._folder / f"{name}.err").open("wb") as errors:
@@ -74,11 +76,11 @@ class Load:
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._actors.append(Actor(what, name, process, history))
+        self._actors.append(Actor(what, target, name, process, history))
 
-    def living(self, what: str) -> list[Actor]:
-        """Return those that have not ended."""
-        return [actor for actor in self._actors if actor.what == what and actor.process.poll() is None]
+    def living(self, *whats: str) -> list[Actor]:
+        """Return those of these kinds that have not ended."""
+        return [actor for actor in self._actors if actor.what in whats and actor.process.poll() is None]
 
     async def works(self) -> None:
         """Return when producers have been acknowledged twenty times more: there is load, and it gets through."""
@@ -87,21 +89,25 @@ class Load:
             while self._acknowledgements() < before + 20:
                 await asyncio.sleep(0.02)
 
-    async def finish(self, what: str) -> None:
-        """Let all of a kind finish what they have begun, and end."""
-        actors = self.living(what)
+    async def finish(self, *whats: str) -> None:
+        """Let all of these kinds finish what they have begun, and end."""
+        actors = self.living(*whats)
         for actor in actors:
             actor.process.terminate()
         await asyncio.gather(*(actor.ended() for actor in actors))
 
     async def close(self) -> None:
         """Kill those that live."""
-        for what in ("produce", "consume"):
-            await asyncio.gather(*(actor.kill() for actor in self.living(what)))
+        await asyncio.gather(*(actor.kill() for actor in self.living("produce", "publish", "broadcast", "consume")))
 
-    def events(self) -> list[AnyEvent]:
-        """Return what all have noted so far, those that were killed too."""
-        return [event for actor in self._actors for event in read(actor.history.read_bytes())]
+    def events(self, *targets: str) -> list[AnyEvent]:
+        """Return what all have noted so far, or those of these queues and topics; those that were killed too."""
+        return [
+            event
+            for actor in self._actors
+            if not targets or actor.target in targets
+            for event in read(actor.history.read_bytes())
+        ]
 
     def accidents(self) -> list[str]:
         """Return those that ended with an error of their own, and its last line."""

@@ -15,7 +15,16 @@ PAUSE_SECONDS = (0.3, 3.0)
 NETWORK_SECONDS = (0.3, 2.0)
 DELAY_SECONDS = 0.2
 CUTS = 3
-STATEMENTS = ("/* enqueue */", "/* dequeue */", "/* delete */", "/* extend_visibility */")
+STATEMENTS = (
+    "/* enqueue */",
+    "/* publish */",
+    "/* broadcast */",
+    "/* dequeue */",
+    "/* delete */",
+    "/* extend_visibility */",
+)
+# Who counts as a producer, to be killed or paused.
+SENDERS = ("produce", "publish", "broadcast")
 # Of the primaries whose backends were ended while they waited for the standby, as many die before it has what they
 # had committed.
 KILLED_UNREPLICATED_SHARE = 0.7
@@ -33,9 +42,9 @@ class Nemesis:
         self._faults: dict[str, Callable[[], Awaitable[str]]] = {
             "kill broker": self._kill_broker,
             "pause broker": self._pause_broker,
-            "kill producer": lambda: self._kill_actor("produce"),
+            "kill producer": lambda: self._kill_actor(*SENDERS),
             "kill consumer": lambda: self._kill_actor("consume"),
-            "pause producer": lambda: self._pause_actor("produce"),
+            "pause producer": lambda: self._pause_actor(*SENDERS),
             "pause consumer": lambda: self._pause_actor("consume"),
             "kill primary": self._kill_primary,
             "pause primary": self._pause_primary,
@@ -75,14 +84,14 @@ class Nemesis:
         broker.resume()
         return f"{broker.name} for {seconds:.1f} s"
 
-    async def _kill_actor(self, what: str) -> str:
-        actor = self._any_actor(what)
+    async def _kill_actor(self, *whats: str) -> str:
+        actor = self._any_actor(*whats)
         await actor.kill()
-        self._load.start(what)
+        self._load.start(actor.what, actor.target)
         return actor.name
 
-    async def _pause_actor(self, what: str) -> str:
-        actor = self._any_actor(what)
+    async def _pause_actor(self, *whats: str) -> str:
+        actor = self._any_actor(*whats)
         actor.pause()
         seconds = await self._sleep(*PAUSE_SECONDS)
         actor.resume()
@@ -186,5 +195,5 @@ class Nemesis:
     def _any_broker(self) -> Broker:
         return self._random.choice(self._brokers)
 
-    def _any_actor(self, what: str) -> Actor:
-        return self._random.choice(self._load.living(what))
+    def _any_actor(self, *whats: str) -> Actor:
+        return self._random.choice(self._load.living(*whats))

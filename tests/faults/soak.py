@@ -1,4 +1,6 @@
-"""Random faults under load, then a drain, then the check of all that clients did and saw.
+"""Random faults under load, then a drain, then the check of all that clients did and saw, for each queue.
+
+Some send to a queue, some publish to topics, of which one delivers at once and one when it is broadcast.
 
     make soak ARGS='--seed 7 --faults 50'
     make soak ARGS='--seconds 3600'
@@ -11,26 +13,35 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
 import uvloop
 
-from brokers import Deployment, running_deployment
-from history import Verdict, check
+from brokers import Deployment, call, running_deployment
+from history import Acknowledged, Attempted, Failed, Verdict, check, together, wanted
 from load import Load
 from nemesis import Nemesis
 
 QUEUE = "default"
 LEASE_SECONDS = 4.0
-PRODUCERS = 3
-CONSUMERS = 4
+PRODUCERS = 2
+CONSUMERS = 3
+# By topic, which has a publisher: the queues that subscribe to it, each with a consumer, and how values end that it
+# gets.
+TOPICS = {
+    "news": {"news.all": "", "news.red": "red"},
+    "parcels": {"parcels.all": "", "parcels.blue": "blue"},
+}
+ON_BROADCAST = "parcels"
 # Between two faults.
 QUIET_SECONDS = (0.2, 1.0)
 # The queue should be empty so long after the last fault; ten times that is given up.
@@ -49,6 +60,8 @@ class Outcome:
 
     seed: int
     faults: Counter[str]
+    # Of each queue, and together: messages count once there, and what became of them as often as it happened.
+    verdicts: dict[str, Verdict]
     verdict: Verdict
     drain_seconds: float
     left: int
@@ -74,6 +87,10 @@ class Outcome:
             "seconds": round(self.seconds, 1),
             "faults": dict(self.faults),
             **self.verdict.summary(),
+            "queues": {
+                name: {"acknowledged": verdict.acknowledged, "deliveries": verdict.deliveries}
+                for name, verdict in self.verdicts.items()
+            },
             "drain_seconds": round(self.drain_seconds, 1),
             "violations": self.violations,
         }
@@ -84,18 +101,53 @@ async def soak(seed: int, *, faults: int | None = None, seconds: float | None = 
     began_at = time.monotonic()
     async with running_deployment() as deployment:
         load = Load(deployment.folder, deployment.urls, seed=seed, lease_seconds=LEASE_SECONDS, queue=QUEUE)
+        await _subscribe(deployment)
         try:
             for _ in range(PRODUCERS):
                 load.start("produce")
             for _ in range(CONSUMERS):
                 load.start("consume")
+            for topic, queues in TOPICS.items():
+                load.start("publish", topic)
+                for queue in queues:
+                    load.start("consume", queue)
+            load.start("broadcast", ON_BROADCAST)
             struck = await _strike(deployment, load, seed, faults=faults, seconds=seconds, say=say)
-            drain_seconds, left = await drain(deployment, load)
+            drain_seconds, left = await drain(deployment, load, [QUEUE, *itertools.chain(*TOPICS.values())])
             say(f"drained in {drain_seconds:.1f} s")
         finally:
             await load.close()
         signs = deployment.bad_signs() + load.accidents()
-        return Outcome(seed, struck, check(load.events()), drain_seconds, left, signs, time.monotonic() - began_at)
+        verdicts = judge(load)
+        total = together(verdicts)
+        for name, kind in (("attempted", Attempted), ("acknowledged", Acknowledged)):
+            values = {value for event in load.events() if isinstance(event, kind) for value in event.values}
+            setattr(total, name, len(values))
+        return Outcome(seed, struck, verdicts, total, drain_seconds, left, signs, time.monotonic() - began_at)
+
+
+async def _subscribe(deployment: Deployment) -> None:
+    """Let there be topics, and queues that subscribe to them."""
+    async with aiohttp.ClientSession() as http:
+        url = deployment.urls[0]
+        for topic, queues in TOPICS.items():
+            delivery = "on_broadcast" if topic == ON_BROADCAST else "immediate"
+            await call(http, url, "create_topic", topic=topic, delivery=delivery)
+            for queue, colour in queues.items():
+                await call(http, url, "create_queue", queue=queue)
+                wants = {"colour": [colour]} if colour else None
+                await call(http, url, "subscribe", topic=topic, name=queue, queue=queue, filter=wants)
+
+
+def judge(load: Load) -> dict[str, Verdict]:
+    """Return what the history of each queue comes to; all that failed counts to that of the first."""
+    failed = [event for event in load.events(*TOPICS) if isinstance(event, Failed)]
+    verdicts = {QUEUE: check([*load.events(QUEUE), *failed])}
+    for topic, queues in TOPICS.items():
+        published = load.events(topic)
+        for queue, colour in queues.items():
+            verdicts[queue] = check([*wanted(published, colour), *load.events(queue)])
+    return verdicts
 
 
 async def _strike(
@@ -118,15 +170,22 @@ async def _strike(
     return struck
 
 
-async def drain(deployment: Deployment, load: Load) -> tuple[float, int]:
-    """Let producers finish and consumers take all there is; return how many seconds that took, and what is left."""
+async def drain(deployment: Deployment, load: Load, queues: Sequence[str] = (QUEUE,)) -> tuple[float, int]:
+    """Let producers finish and consumers take all there is; return how many seconds that took, and what is left.
+
+    That is in these queues, and what topics store.
+    """
     began_at = time.monotonic()
-    await load.finish("produce")
-    counting = "SELECT count(*) FROM broker.messages m JOIN broker.queues q ON q.id = m.queue_id WHERE q.name = %s"
+    await load.finish("produce", "publish")
+    await load.finish("broadcast")
+    counting = (
+        "SELECT count(*) FROM broker.messages m LEFT JOIN broker.queues q ON q.id = m.queue_id"
+        " WHERE q.name = ANY (%s) OR q.id IS NULL"
+    )
     left = -1
     while left and time.monotonic() - began_at < 10 * DRAIN_SECONDS:
         await asyncio.sleep(0.05)
-        [(left,)] = await deployment.pair.primary.query(counting, [QUEUE])
+        [(left,)] = await deployment.pair.primary.query(counting, [list(queues)])
     drain_seconds = time.monotonic() - began_at
     await load.finish("consume")
     return drain_seconds, left

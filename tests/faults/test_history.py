@@ -22,6 +22,8 @@ from history import (
     Refused,
     check,
     read,
+    together,
+    wanted,
 )
 
 MIDNIGHT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -142,6 +144,34 @@ def test_another_consumer_may_have_deleted_what_is_gone() -> None:
     late = deleted("r", at=40, result="gone")
     verdict = check(all_of(sent("x"), delivered("x", "r", at=1), delivered("x", "s", at=20), deleted("s", at=21), late))
     assert verdict.violations == {}
+
+
+def copied(value: str, receipt: str, *, at: float, copy: str, published_id: str | None = None) -> AnyEvent:
+    """A consumer is given a copy of what was published."""
+    message = delivered(value, receipt, at=at, message_id=copy)
+    return msgspec.structs.replace(message, published_id=published_id or value)
+
+
+def test_what_was_published_is_judged_for_each_subscription_by_what_it_wants() -> None:
+    published = all_of(sent("1-red"), sent("2-blue"))
+    everything = [copied("1-red", "r", at=1, copy="a"), copied("2-blue", "s", at=1, copy="b")]
+    assert check([*wanted(published, ""), *everything]).violations == {}
+    assert check([*wanted(published, "red"), *everything[:1]]).violations == {}
+    assert check([*wanted(published, "red"), *everything]).violations == {"unexpected": ["2-blue"]}
+    assert check([*wanted(published, ""), *everything[:1]]).violations == {"lost": ["2-blue"]}
+
+
+def test_a_copy_too_many_and_one_of_another_message_are_found() -> None:
+    for second in (copied("x", "s", at=1, copy="b"), copied("x", "s", at=99, copy="a", published_id="y")):
+        verdict = check(all_of(sent("x"), copied("x", "r", at=1, copy="a"), second))
+        assert verdict.violations == {"stored_twice": ["x"]}
+
+
+def test_several_queues_together_say_which_has_lost_something() -> None:
+    good, bad = check(all_of(sent("x"), delivered("x", "r", at=1))), check(all_of(sent("y")))
+    total = together({"good": good, "bad": bad})
+    assert total.violations == {"lost": ["bad: y"]}
+    assert (total.acknowledged, total.deliveries) == (2, 1)
 
 
 def test_a_history_is_read_as_it_was_written_but_for_the_line_that_was_cut_short() -> None:

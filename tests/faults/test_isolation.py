@@ -29,13 +29,18 @@ T = TypeVar("T")
 
 BATCH = 100
 ENDED = -3600.0
+TABLES = ("messages", "idempotency_keys", "subscriptions", "topics", "queues")
 
 
 class Scene(NamedTuple):
-    """The messages that lie in the queue `work`, by number; the lease of the first one, if somebody has it."""
+    """The messages that lie in the queue `work`, by number; the lease of the first one, if somebody has it.
+
+    And the subscription, where there is a topic.
+    """
 
     ids: list[int]
     lease: Lease
+    subscription: str = ""
 
 
 class OneConnection:
@@ -76,7 +81,7 @@ def scene(
     """
 
     async def setup(connection: Connection) -> Scene:
-        for table in ("messages", "idempotency_keys", "queues"):
+        for table in TABLES:
             await connection.execute(f"DELETE FROM broker.{table}")
         for queue in ("default", "dead"):
             await queues.create(connection, queue, {})
@@ -513,7 +518,11 @@ async def connections(database_url: str) -> AsyncIterator[list[Connection]]:
 async def test_every_order_of_calls_at_once_comes_to_something_that_the_contract_permits(
     connections: list[Connection], name: str
 ) -> None:
-    case = CASES[name]
+    await check_every_order(connections, CASES[name])
+
+
+async def check_every_order(connections: list[Connection], case: Case[Scene]) -> None:
+    """Fail where an order comes to what is not permitted, or no order to what is."""
     observer, *others = connections
     outcomes: dict[str, tuple[str, ...]] = {}
     for order in interleavings(list(case.statements)):

@@ -20,7 +20,7 @@ import pytest
 
 from broker.errors import BrokerError, Unavailable
 from broker.model import NewMessage, message_id_of
-from broker.storage import inspection, notifications, queues
+from broker.storage import broadcasting, inspection, notifications, queues, subscriptions, topics
 from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database
 from broker.storage.migrate import migrate
@@ -172,6 +172,52 @@ async def a_queue(database: Database) -> Callable[[], Awaitable[Any]]:
     return create
 
 
+async def made_topics(database: Database) -> None:
+    """Let there be topics of both kinds, of which one has a subscription."""
+
+    async def make(connection: Connection) -> None:
+        await topics.create(connection, "topic", None)
+        await topics.create(connection, "nobody", None)
+        await topics.create(connection, "later", "on_broadcast")
+
+    await database.write(make)
+    await subscribe(database)
+
+
+async def subscribe(database: Database, name: str = "s") -> Any:
+    params: dict[str, Any] = {"queue": "default", "url": None, "filter": None, "attributes": {}}
+    subscription, _ = await database.write(lambda c: subscriptions.subscribe(c, "topic", name, **params))
+    return subscription.name
+
+
+def a_publish(topic: str, key: str | None) -> Callable[[Database], Awaitable[Callable[[], Awaitable[Any]]]]:
+    async def prepare(database: Database) -> Callable[[], Awaitable[Any]]:
+        await made_topics(database)
+
+        async def send() -> Any:
+            published = await Calls(database).publish(topic, NewMessage("1", None, None, None, None, key))
+            return published.is_duplicate, published.deliveries
+
+        return send
+
+    return prepare
+
+
+async def a_subscription(database: Database) -> Callable[[], Awaitable[Any]]:
+    await made_topics(database)
+    return lambda: subscribe(database, "new")
+
+
+async def a_broadcast(database: Database) -> Callable[[], Awaitable[Any]]:
+    await made_topics(database)
+    await Calls(database).publish("later", NewMessage("1", None, None, None, None))
+
+    async def send() -> Any:
+        return (await broadcasting.broadcast(database, "later")).messages
+
+    return send
+
+
 @pytest.mark.parametrize(
     ("prepare", "answer_if_done"),
     [
@@ -179,6 +225,10 @@ async def a_queue(database: Database) -> Callable[[], Awaitable[Any]]:
         pytest.param(a_delete, [False], id="a delete"),
         pytest.param(a_delete_by_id, False, id="a delete by id"),
         pytest.param(a_queue, "new", id="a queue"),
+        pytest.param(a_publish("topic", "key"), (True, 1), id="a publish"),
+        pytest.param(a_publish("nobody", None), (False, 0), id="a publish to nobody"),
+        pytest.param(a_subscription, "new", id="a subscription"),
+        pytest.param(a_broadcast, 0, id="a broadcast"),
     ],
 )
 async def test_what_was_done_already_is_confirmed_only_when_the_standby_has_it(
