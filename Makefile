@@ -12,6 +12,9 @@ PG_BIN ?= /usr/lib/postgresql/15/bin
 NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,benchmarks cli client connections docs examples packaging processes readme \
 	rpc schema transport)
 
+# As many processes as cores share the tests, each with a PostgreSQL of its own: make test ARGS='-n 0' uses one.
+SHARED = -n auto --maxprocesses 4 --dist worksteal
+
 VENV = .venv
 PY = $(VENV)/bin/python
 
@@ -37,22 +40,26 @@ help: ## Show this
 demo: $(INSTALLED) ## Do real work: hash every file below DEMO_DIR (default: Python's library)
 	@$(PY) -m examples.demo $(ARGS)
 
+.PHONY: demo-pubsub
+demo-pubsub: $(INSTALLED) ## Publish every module of DEMO_DIR to two subscribers, of which one is killed and comes back
+	@$(PY) -m examples.pubsub $(ARGS)
+
 .PHONY: serve
 serve: $(INSTALLED) ## Run a broker on http://127.0.0.1:8080, with a PostgreSQL of its own
 	@$(PY) -m broker serve $(ARGS)
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(SHARED) $(ARGS)
 
 .PHONY: test-postgresql
 test-postgresql: $(INSTALLED) ## Run those with SQL on another PostgreSQL (PG_BIN, default Debian's 15)
 	@$(PG_BIN)/postgres --version
-	@BROKER_PG_BIN=$(PG_BIN) $(PY) -m pytest $(NOT_ABOUT_SQL:%=--ignore=%) $(ARGS)
+	@BROKER_PG_BIN=$(PG_BIN) $(PY) -m pytest $(SHARED) $(NOT_ABOUT_SQL:%=--ignore=%) $(ARGS)
 
 .PHONY: test-faults
 test-faults: $(INSTALLED) ## Run the tests that kill, hang and cut off brokers, clients and PostgreSQL (PG_BIN), in five minutes
-	@PG_BIN=$(PG_BIN) $(PY) -m pytest tests/faults $(ARGS)
+	@PG_BIN=$(PG_BIN) $(PY) -m pytest $(SHARED) tests/faults $(ARGS)
 
 .PHONY: soak
 soak: $(INSTALLED) ## Let random faults happen for as long as asked: make soak ARGS='--seed 7 --faults 50'
@@ -107,7 +114,7 @@ wheel: $(INSTALLED) ## Build the sdist, and from it the wheel, into dist/
 	@$(PY) -m build --no-isolation --outdir dist
 
 .PHONY: clean
-clean: ## Remove what was installed, built or left by tests and demo
+clean: ## Remove what was installed, built or left by tests and demos
 	@rm -rf $(VENV) .demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

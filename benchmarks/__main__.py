@@ -24,9 +24,10 @@ from benchmarks.flat import FLAT_PLANS
 from benchmarks.load import MissingProgram
 from benchmarks.machine import machine, versions
 from benchmarks.processes import Cluster, end_on_sigterm, temporary_folder
+from benchmarks.push import PUSH_PLANS
 from benchmarks.results import Cell, Results, table
 
-PLANS = (*CELLS, *FLAT_PLANS)
+PLANS = (*CELLS, *PUSH_PLANS, *FLAT_PLANS)
 
 
 def main() -> int:

@@ -55,7 +55,10 @@ class ConnectionFailed(BrokerError):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """A message as it was delivered; `receipt` is None with at-most-once delivery."""
+    """A message as it was delivered; `receipt` is None with at-most-once delivery.
+
+    `topic` and `published_id` are None unless it is a copy of what was published.
+    """
 
     message_id: str
     queue: str
@@ -69,6 +72,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     visible_at: datetime
     expires_at: datetime | None
     dead_letter: dict[str, Any] | None
+    topic: str | None = None
+    published_id: str | None = None
 
     @cached_property
     def body(self) -> Any:
@@ -106,6 +111,45 @@ class QueueAttributes(TypedDict, total=False):
     idempotency_window: float | None
     max_messages: int | None
     paused: bool | None
+
+
+class SubscriptionOptions(TypedDict, total=False):
+    """What `subscribe` can be told: `queue` or `url`, and of which messages there are to be copies."""
+
+    queue: str | None
+    url: str | None
+    filter: Mapping[str, list[str]] | None
+    max_receives: int | None
+    dead_letter_queue: str | None
+
+
+class Subscription(msgspec.Struct, frozen=True, kw_only=True):
+    """Who gets copies; `secret` is there once, in the answer that made a subscription with a `url`."""
+
+    subscription_id: str
+    topic: str
+    name: str
+    queue: str
+    url: str | None
+    filter: dict[str, list[str]] | None
+    state: str
+    secret: str | None
+
+
+class Published(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a message: `deliveries` copies, each of which names this id as its `published_id`."""
+
+    message_id: str
+    duplicate: bool
+    deliveries: int
+
+
+class Broadcast(msgspec.Struct, frozen=True, kw_only=True):
+    """How many stored messages were given out, in how many copies; not `complete`: call it again."""
+
+    messages: int
+    deliveries: int
+    complete: bool
 
 
 class Client:
@@ -199,6 +243,28 @@ class Client:
     async def count_messages(self, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
         """Count messages by status, or those of one status, in one queue or in all of them."""
         return dict(await self.call("count_messages", **_given(queue=queue, status=status)))
+
+    async def create_topic(self, topic: str, delivery: str | None = None) -> dict[str, Any]:
+        """Create a topic that delivers "immediate" or "on_broadcast", or find it there; return it."""
+        return dict(await self.call("create_topic", topic=topic, **_given(delivery=delivery)))
+
+    async def subscribe(self, topic: str, name: str, **options: Unpack[SubscriptionOptions]) -> Subscription:
+        """Let a queue, or a url, get copies of what is published from now on, or find the subscription there."""
+        params = {"topic": topic, "name": name, **options}
+        return msgspec.json.decode(await self._request("subscribe", params), type=Subscription)
+
+    async def unsubscribe(self, subscription_id: str) -> int:
+        """End a subscription; return how many messages that waited for its url were removed with it."""
+        return int((await self.call("unsubscribe", subscription_id=subscription_id))["deleted_messages"])
+
+    async def publish(self, topic: str, body: Any, **options: Unpack[MessageOptions]) -> Published:
+        """Put a copy of a message into the queue of each subscription that wants it; all are committed then."""
+        params = {"topic": topic, "body": body, **options}
+        return msgspec.json.decode(await self._request("publish", params), type=Published)
+
+    async def broadcast(self, topic: str) -> Broadcast:
+        """Give what an "on_broadcast" topic has stored to all who subscribe now."""
+        return msgspec.json.decode(await self._request("broadcast", {"topic": topic}), type=Broadcast)
 
     async def _request(self, method: str, params: Mapping[str, Any]) -> msgspec.Raw:
         """Make one call; return the JSON text of its result."""

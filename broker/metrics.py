@@ -7,7 +7,7 @@ from the database when somebody asks.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from prometheus_client import (
@@ -99,6 +99,20 @@ class Metrics:
         self.breaker_openings = self._counter("wonderq_breaker_openings", "How often a process stopped sending writes.")
         self.waiting = self._gauge("wonderq_waiting_consumers", "Consumers that wait for a message.")
         self.connections = self._gauge("wonderq_client_connections", "Open client connections.")
+        self.pushes = Counter(
+            "wonderq_pushes",
+            "POSTs to subscribed urls by outcome: delivered (2xx), refused (another status), gone (410), timeout,"
+            " unanswered (no connection, or no HTTP), forbidden (an address that may not be reached).",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.push_seconds = Histogram(
+            "wonderq_push_seconds",
+            "Time from the beginning of a POST to its answer.",
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 15, 60),
+            registry=self.registry,
+        )
+        self.pushing = self._gauge("wonderq_pushes_under_way", "Messages on their way to subscribed urls.")
         # What to call for these labels: looking them up costs more than counting.
         self._counted_calls: dict[tuple[str, str], tuple[Callable[[], None], Callable[[float], None]]] = {}
         self._counted_statements: dict[str, tuple[Callable[[], None], Callable[[float], None]]] = {}
@@ -134,6 +148,15 @@ class Metrics:
         count()
         add_calls(calls)
 
+    def push_ended(self, outcome: str, seconds: float) -> None:
+        """Count one POST to a url."""
+        self.pushes.labels(outcome).inc()
+        self.push_seconds.observe(seconds)
+
+    def show_subscriptions(self, counted: Mapping[str, int]) -> None:
+        """Replace the gauges of subscriptions by state."""
+        self._of_database.subscriptions = counted
+
     def show_queues(self, counted: dict[str, tuple[Counts, float | None]]) -> None:
         """Replace the gauges of the queues."""
         self._of_database.counted = counted
@@ -148,11 +171,12 @@ class Metrics:
 
 
 class DatabaseGauges:
-    """The gauges of queues and durability, which are the database's and so never summed over processes."""
+    """The gauges of queues, subscriptions and durability: the database's, and so never summed over processes."""
 
     def __init__(self) -> None:
         self.counted: dict[str, tuple[Counts, float | None]] = {}
         self.durability: str | None = None
+        self.subscriptions: Mapping[str, int] = {}
 
     def collect(self) -> Iterable[Metric]:
         """Return them as they were found last."""
@@ -175,4 +199,11 @@ class DatabaseGauges:
         )
         if self.durability is not None:
             durability.add_metric([self.durability], 1)
-        return messages, oldest, durability
+        subscriptions = GaugeMetricFamily(
+            "wonderq_subscriptions",
+            "Subscriptions by state: active, failing (their url is only probed), ended.",
+            labels=["state"],
+        )
+        for state, number in sorted(self.subscriptions.items()):
+            subscriptions.add_metric([state], number)
+        return messages, oldest, durability, subscriptions

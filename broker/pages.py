@@ -12,7 +12,7 @@ from aiohttp import web
 from broker import __version__
 from broker.errors import BrokerError, Unavailable, error_answer
 from broker.metrics import CONTENT_TYPE, MAX_QUEUES_SHOWN, Metrics
-from broker.storage import counting, durability, migrate, queues
+from broker.storage import counting, durability, migrate, queues, subscriptions
 from broker.storage.counting import Counted
 from broker.storage.database import Database
 
@@ -104,8 +104,10 @@ class Pages:
             facts = await self._database.read(durability.server_facts)
             self._metrics.show_queues({name: (each.counts, each.oldest_ready_age) for name, each in counted.items()})
             self._metrics.show_durability(facts.level)
+            self._metrics.show_subscriptions(await self._database.read(subscriptions.count_states))
         except BrokerError:
             self._metrics.show_queues({})
+            self._metrics.show_subscriptions({})
             self._metrics.show_durability(None)
         return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 

@@ -1,8 +1,8 @@
 """The server: builds each part once, joins them, starts and stops them in order.
 
 Start: PostgreSQL (its own, or the one it is told of), migrations, pool, services, HTTP; then one line on
-standard output says where it listens. Stop, on SIGTERM or SIGINT: new work is refused with 503, those who wait
-get an empty answer, what is under way is answered, then everything ends in the opposite order.
+standard output says where it listens. Stop, on SIGTERM or SIGINT: new work is refused with 503 and nothing new is
+pushed, those who wait get an empty answer, what is under way is answered, then everything ends in the opposite order.
 
 This is one process; `processes` runs several on the same port.
 """
@@ -19,20 +19,24 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from functools import partial
+from ipaddress import ip_network
 from typing import Any, TypeVar
 
 import psycopg
 import uvloop
 from aiohttp import web
 
+from broker.addresses import Guard
 from broker.connections import ConnectionLimits, ConnectionRunner, read_body
 from broker.draining import drain, nobody_else
 from broker.embedded import EmbeddedPostgres
-from broker.errors import BrokerError, InvalidParams, InvalidRequest, Unavailable, error_answer
+from broker.errors import BrokerError, InvalidRequest, Unavailable, error_answer
 from broker.installation import EmbeddedError
 from broker.methods import Methods
 from broker.metrics import Metrics
 from broker.pages import Pages, unavailable
+from broker.receivers import Receivers
 from broker.rpc import Rpc
 from broker.schema import compile_methods, load_document
 from broker.settings import Settings
@@ -45,12 +49,15 @@ from broker.storage.migrate import MigrationError, migrate
 from broker.storage.notifications import Notifications
 from broker.sweeper import Sweeper
 from broker.waiting import WaitingRoom
+from broker.webhooks import PushLimits, Webhooks
 
 log = logging.getLogger("broker.server")
 
 # Of the ten seconds within which the server must stop, what is under way gets this much; then each step of
 # the stop gets so little that a database which does not answer cannot use up the rest.
 DRAIN_SECONDS = 5.0
+# What is being pushed gets this much of it, and some is left to close the port in peace.
+PUSH_SECONDS = 4.0
 CANCEL_SECONDS = 0.25
 UNDO_SECONDS = 1.0
 STOP_SERVICES_SECONDS = 0.5
@@ -271,6 +278,8 @@ class Server:
         self.limits = ConnectionLimits(
             max_body_bytes=settings.max_request_bytes, max_connections=settings.max_connections
         )
+        guard = Guard([ip_network(each) for each in settings.webhook_allow])
+        self.webhooks = self._webhooks(guard)
         document = load_document()
         self.methods = Methods(
             self.database,
@@ -279,8 +288,8 @@ class Server:
             self.metrics,
             settings,
             document,
-            check_url=no_url,
-            subscriptions_changed=lambda: None,
+            check_url=guard.check_url,
+            subscriptions_changed=self.webhooks.changed,
         )
         self.rpc = Rpc(compile_methods(document), self.methods.by_name(), self.limits, self.metrics)
         self.pages = Pages(
@@ -295,6 +304,19 @@ class Server:
         )
         self._services: list[asyncio.Task[None]] = []
 
+    def _webhooks(self, guard: Guard) -> Webhooks:
+        settings = self.settings
+        return Webhooks(
+            self.database,
+            self.calls,
+            Receivers(guard, timeout=settings.webhook_timeout),
+            self.metrics,
+            dequeue=partial(self.waiting.dequeue, takes_place=False),
+            give_back_soon=self.waiting.give_back_soon,
+            tell=self.waiting.tell,
+            limits=PushLimits(settings.webhook_concurrency, settings.webhook_total, settings.webhook_timeout),
+        )
+
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=self.settings.max_request_bytes)
         application.add_routes([web.post("/rpc", self._rpc), *self.pages.routes()])
@@ -304,6 +326,7 @@ class Server:
         self.metrics.waiting.set(self.waiting.waiting)
         self.metrics.breaker.set(self.database.breaker.reason is not None)
         self.metrics.connections.set(len(self.runner.connections))
+        self.metrics.pushing.set(self.webhooks.under_way)
 
     async def _show_gauges(self) -> None:
         while True:
@@ -332,6 +355,7 @@ class Server:
             self.waiting.run,
             self.sweeper.run,
             self.calls.low_water.run,
+            self.webhooks.run,
         ]
         if self._share is not None:
             services.append(self._show_gauges)
@@ -355,8 +379,17 @@ class Server:
 
     async def __aexit__(self, *_: object) -> None:
         self.runner.start_draining()
+        self.webhooks.stop_taking()
         self.waiting.close()
-        if not await drain(self.runner, DRAIN_SECONDS, self._share.all_are_idle if self._share else nobody_else):
+        pushed = asyncio.create_task(self.webhooks.drain(PUSH_SECONDS))
+
+        async def all_are_idle() -> None:
+            await asyncio.shield(pushed)
+            await (self._share.all_are_idle if self._share else nobody_else)()
+
+        is_drained = await drain(self.runner, DRAIN_SECONDS, all_are_idle)
+        await pushed
+        if not is_drained:
             log.warning("stopped before every request was answered")
         await self._stop()
 
@@ -364,6 +397,7 @@ class Server:
         # Handlers that are still at work are cancelled, and so give back what they leased; then this is waited
         # for, while the services can still tell the other brokers of it.
         await self.runner.cleanup()
+        await self.webhooks.close()
         await self.waiting.settle(UNDO_SECONDS)
         for service in self._services:
             service.cancel()
@@ -407,11 +441,6 @@ class Server:
             return True
         name = host_name(host)
         return name in self._allowed_hosts or is_loopback(name)
-
-
-async def no_url(url: str) -> None:
-    """Refuse every url: nobody pushes to it yet."""
-    raise InvalidParams(reason="`url` cannot be pushed to yet; subscribe a `queue`.", param="url", given=url)
 
 
 def cannot_listen(settings: Settings, error: OSError) -> StartError:

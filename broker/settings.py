@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def parse_size(text: str) -> int:
 def parse_list(text: str) -> tuple[str, ...]:
     """Read a list of values separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_networks(text: str) -> tuple[str, ...]:
+    """Read a list of networks separated by commas; return them as they are written best."""
+    networks = []
+    for part in parse_list(text):
+        try:
+            networks.append(str(ip_network(part)))
+        except ValueError:
+            raise ValueError("it is no network, such as 10.0.0.0/8 or fd00::/8") from None
+    return tuple(networks)
 
 
 def parse_switch(text: str) -> bool:
@@ -236,6 +248,46 @@ class Settings:
         minimum=1,
         maximum=1_000_000,
         help="Calls of `dequeue` that may wait for a message at one time, in each process; one more is `overloaded`.",
+    )
+    webhook_allow: tuple[str, ...] = setting(
+        (),
+        flag="--webhook-allow",
+        variable="BROKER_WEBHOOK_ALLOW",
+        parse=parse_networks,
+        repeatable=True,
+        shown_default="none",
+        help="One more network, as `10.0.0.0/8`, that messages may be pushed to, then over plain http as well. All else"
+        " that is pushed to must be public, and https. Whoever may subscribe can make the broker send requests there.",
+    )
+    webhook_concurrency: int = setting(
+        32,
+        flag="--webhook-concurrency",
+        variable="BROKER_WEBHOOK_CONCURRENCY",
+        parse=int,
+        minimum=1,
+        maximum=1_000,
+        help="Messages that each process pushes to one subscription at one time.",
+    )
+    webhook_total: int = setting(
+        256,
+        flag="--webhook-total",
+        variable="BROKER_WEBHOOK_TOTAL",
+        parse=int,
+        minimum=1,
+        maximum=10_000,
+        help="Messages that each process pushes at one time, to all subscriptions together. None of them has more of"
+        " these places than it leaves free. Endpoints that fail are probed besides, 16 at a time.",
+    )
+    webhook_timeout: float = setting(
+        15.0,
+        flag="--webhook-timeout",
+        variable="BROKER_WEBHOOK_TIMEOUT",
+        parse=float,
+        unit="seconds",
+        minimum=0.1,
+        maximum=300,
+        help="How long a push may take, from looking up the host to the end of the answer; at most 5 of these seconds"
+        " until there is a connection. Whoever answers later gets the message again.",
     )
     log_format: str = setting(
         "auto",

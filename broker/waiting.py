@@ -146,10 +146,12 @@ class WaitingRoom:
         wait: float,
         *,
         at_most_once: bool = False,
+        takes_place: bool = True,
     ) -> Delivery:
         """Take messages; where there are none, wait up to `wait` seconds. Raises QueueNotFound, Overloaded.
 
-        Who comes when others wait already does not look first: they have found nothing, and it would be theirs.
+        Who comes when others wait already does not look first: they have found nothing, and it would be theirs. A
+        consumer of the broker's own takes no place from its clients.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
@@ -168,7 +170,7 @@ class WaitingRoom:
                         if delivery.messages or waiter is None or loop.time() >= until:
                             return delivery
                         self._look_at(queue)
-                    if not has_place:
+                    if takes_place and not has_place:
                         self._take_place()
                         has_place = True
                     await asyncio.wait({waiter}, timeout=until - loop.time())

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The life of a message with nothing but curl: sh examples/session.sh
+# The life of a message, and publish-subscribe, with nothing but curl: sh examples/session.sh
 set -eu
 BROKER_URL=${BROKER_URL:-http://127.0.0.1:8080}
 
@@ -28,3 +28,13 @@ call '{"jsonrpc":"2.0","id":5,"method":"delete","params":{"receipt":"'"$receipt"
 
 echo 'What lies in the queue now.'
 call '{"jsonrpc":"2.0","id":6,"method":"count_messages","params":{"queue":"letters"}}'
+
+echo 'A topic: each queue that subscribes gets a copy of what is published, if its filter lets it through.'
+call '{"jsonrpc":"2.0","id":7,"method":"create_topic","params":{"topic":"news"}}'
+subscription='"topic":"news","name":"reader","queue":"letters","filter":{"kind":["sports","weather"]}'
+call '{"jsonrpc":"2.0","id":8,"method":"subscribe","params":{'"$subscription"'}}'
+
+echo 'One copy was made. It is a message like any other; this consumer takes it at most once, and need not delete it.'
+message='"topic":"news","body":{"rain":true},"headers":{"kind":"weather"}'
+call '{"jsonrpc":"2.0","id":9,"method":"publish","params":{'"$message"'}}'
+call '{"jsonrpc":"2.0","id":10,"method":"dequeue","params":{"queue":"letters","wait":20,"delivery":"at_most_once"}}'

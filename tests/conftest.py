@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ import uvloop
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from broker import draining
 from broker.embedded import EmbeddedPostgres
 from broker.errors import QueueNotFound
 from broker.model import NewMessage
@@ -40,9 +42,14 @@ from broker.storage.migrate import migrate
 from broker.storage.sessions import configure
 from gate import MAKE_GATE, Gate
 
-TEMPLATE = "wonderq_test_template"
+# Of each of the processes that share the tests: they may share a server too.
+TEMPLATE = "_".join(["wonderq_test_template", *filter(None, [os.environ.get("PYTEST_XDIST_WORKER")])])
 # Only catches a hang.
 PATIENCE = 30.0
+FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "300", "max_wal_size": "256MB"}
+# A file system in memory, and many times what tests leave there.
+MEMORY = "/dev/shm"
+MEMORY_BYTES = 4 * 2**30
 
 _names = (f"wonderq_test_{os.getpid()}_{n}" for n in itertools.count())
 
@@ -53,12 +60,32 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"uvloop": uvloop.new_event_loop}
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests have recorded by `record_property`, whichever process they ran in."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, figures in report.user_properties:
+                terminalreporter.write_line(f"{name}: {figures}")
+
+
+def folder_for_data() -> str | None:
+    """Return where there is memory for data that need not outlast the system; None where there is not.
+
+    To make a database is to make some three hundred files, and most tests have one made: on a disk that takes longer
+    than many a test.
+    """
+    has_room = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES
+    return MEMORY if has_room else None
+
+
 @contextmanager
 def private_server(make: Callable[..., EmbeddedPostgres] = EmbeddedPostgres) -> Iterator[str]:
     """Yield how to connect to a PostgreSQL whose directory goes away with it; `make` builds it."""
-    with tempfile.TemporaryDirectory(prefix="wonderq-test-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="wonderq-test-", dir=folder_for_data(), ignore_cleanup_errors=True
+    ) as folder:
         os.chmod(folder, 0o755)  # as root, PostgreSQL runs as another account
-        postgres = make(Path(folder), settings={"fsync": "off", "full_page_writes": "off", "max_connections": "300"})
+        postgres = make(Path(folder), settings=FAST)
         conninfo = asyncio.run(postgres.start())
         try:
             yield conninfo
@@ -212,15 +239,18 @@ StartBroker = Callable[..., Any]
 @pytest.fixture
 async def start_broker(database_url: str) -> AsyncIterator[StartBroker]:
     """Start brokers in this process, all on one database: `await start_broker(sweep_interval=60)`."""
-    async with AsyncExitStack() as stack:
-        http = await stack.enter_async_context(aiohttp.ClientSession())
+    with pytest.MonkeyPatch.context() as patch:
+        async with AsyncExitStack() as stack:
+            http = await stack.enter_async_context(aiohttp.ClientSession())
 
-        async def start(**settings: Any) -> Broker:
-            chosen = replace(Settings(host="127.0.0.1", port=0), **settings)
-            server = await stack.enter_async_context(Server(database_url, chosen))
-            return Broker(server.url, server, http)
+            async def start(**settings: Any) -> Broker:
+                chosen = replace(Settings(host="127.0.0.1", port=0), **settings)
+                server = await stack.enter_async_context(Server(database_url, chosen))
+                return Broker(server.url, server, http)
 
-        yield start
+            yield start
+            # The test is over: there is nobody whose request could still be on its way.
+            patch.setattr(draining, "QUIET_TIME", 0.0)
 
 
 @pytest.fixture

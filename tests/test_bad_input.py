@@ -1009,18 +1009,20 @@ async def test_a_call_that_the_database_does_not_answer_in_time_may_have_been_do
     start_broker: StartBroker, database_url: str
 ) -> None:
     """A table is locked, so the statement is sent and never ends. What only reads has certainly done nothing."""
-    broker: Broker = await start_broker(request_timeout=0.3)
+    calls: list[tuple[str, Json, str]] = [
+        ("enqueue", {"body": 1}, "unknown"),
+        ("update_queue", {"queue": "default", "delay": 0}, "unknown"),
+        ("dequeue", {}, "unknown"),
+        ("get_queue", {"queue": "default"}, "none"),
+        ("list_messages", {"queue": "default"}, "none"),
+    ]
+    # All of them at once: so the time can be long enough to make a connection for each on any machine.
+    broker: Broker = await start_broker(request_timeout=2)
     async with locked(database_url, "broker.queues"):
-        for method, params, outcome in (
-            ("enqueue", {"body": 1}, "unknown"),
-            ("update_queue", {"queue": "default", "delay": 0}, "unknown"),
-            ("dequeue", {}, "unknown"),
-            ("get_queue", {"queue": "default"}, "none"),
-            ("list_messages", {"queue": "default"}, "none"),
-        ):
-            error = await broker.error(method, **params)
-            data = error["data"]
-            assert (error["code"], data["retryable"], data["outcome"]) == (-32001, True, outcome), method
+        errors = await asyncio.gather(*(broker.error(method, **params) for method, params, _ in calls))
+    for error, (method, _, outcome) in zip(errors, calls, strict=True):
+        data = error["data"]
+        assert (error["code"], data["retryable"], data["outcome"]) == (-32001, True, outcome), method
     await broker.call("enqueue", body=1)
 
 

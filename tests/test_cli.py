@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from broker import __version__, cli, processes
 from broker.schema import load_document
 from broker.settings import Setting, Settings, settings_table
-from conftest import Broker
+from conftest import Broker, StartBroker
 
 METHODS = {method["name"]: method for method in load_document()["methods"]}
 TABLE = {name: (about, default) for name, about, default in settings_table()}
@@ -39,8 +39,9 @@ async def call(broker: Broker, method: str, *words: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------ call
 
 
-async def test_every_method_can_be_called(broker: Broker) -> None:
-    """One life of queues and messages, by every method that the schema has."""
+async def test_every_method_can_be_called(start_broker: StartBroker) -> None:
+    """One life of queues, topics and messages, by every method that the schema has."""
+    broker = await start_broker(webhook_allow=("127.0.0.0/8",))
     called: set[str] = set()
 
     async def do(method: str, *words: str) -> Any:
@@ -79,7 +80,18 @@ async def test_every_method_can_be_called(broker: Broker) -> None:
     assert await do("delete_message", "--queue", "mail", "--message-id", last["message_id"]) == {"deleted": True}
     assert await do("redrive", "--queue", "mail", "--max-messages", "5") == {"moved": 0, "complete": True}
     assert await do("purge_queue", "--queue", "mail") == {"purged": 0, "complete": True}
-    assert await do("delete_queue", "--queue", "mail") == {"deleted_messages": 0, "complete": True}
+    topic = await do("create_topic", "--topic", "news", "--delivery", "on_broadcast")
+    assert (await do("list_topics", "--prefix", "ne"))["topics"] == [topic]
+    await do("subscribe", "--topic", "news", "--name", "copies", "--queue", "mail", "--filter", '{"kind": ["a", "b"]}')
+    pushed = await do("subscribe", "--topic", "news", "--name", "pushed", "--url", "http://127.0.0.1:9/")
+    assert (await do("rotate_secret", "--subscription-id", pushed["subscription_id"]))["secret"] != pushed["secret"]
+    listed = await do("list_subscriptions", "--topic", "news")
+    assert [each["name"] for each in listed["subscriptions"]] == ["copies", "pushed"]
+    assert await do("unsubscribe", "--subscription-id", pushed["subscription_id"]) == {"deleted_messages": 0}
+    assert (await do("publish", "--topic", "news", "--body", "1", "--headers", '{"kind": "b"}'))["deliveries"] == 0
+    assert await do("broadcast", "--topic", "news") == {"messages": 1, "deliveries": 1, "complete": True}
+    assert await do("delete_topic", "--topic", "news") == {"deleted_messages": 0, "complete": True}
+    assert await do("delete_queue", "--queue", "mail") == {"deleted_messages": 1, "complete": True}
     assert (await do("get_server"))["version"] == __version__
     assert [method["name"] for method in (await do("rpc.discover"))["methods"]] == list(METHODS)
     assert called == set(METHODS)
@@ -199,6 +211,10 @@ VALUES: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "max_connections": (("1", 1), ("1000000", 1_000_000)),
     "max_calls": (("1", 1), ("1000000", 1_000_000)),
     "max_waiting_consumers": (("1", 1), ("1000000", 1_000_000)),
+    "webhook_allow": (("127.0.0.0/8", ("127.0.0.0/8",)), ("::1, 10.0.0.1", ("::1/128", "10.0.0.1/32"))),
+    "webhook_concurrency": (("1", 1), ("1000", 1_000)),
+    "webhook_total": (("1", 1), ("10000", 10_000)),
+    "webhook_timeout": (("0.1", 0.1), ("300", 300.0)),
     "log_format": (("json", "json"), ("console", "console")),
 }
 

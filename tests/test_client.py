@@ -14,6 +14,7 @@ import pytest
 
 from broker import client as client_module
 from broker.client import BrokerError, Client, ConnectionFailed
+from conftest import StartBroker
 
 
 @pytest.fixture
@@ -223,6 +224,94 @@ async def test_a_consumer_that_is_cancelled_takes_no_message_with_it(client: Cli
     # The first consumer may have been given the message before it hung up; then it comes back as it was.
     [message] = await client.dequeue(queue, wait=20)
     assert message.receive_count == 1
+
+
+@pytest.fixture
+async def topic(client: Client) -> str:
+    name = f"client-{uuid.uuid4().hex}"
+    await client.create_topic(name)
+    return name
+
+
+async def test_what_is_published_comes_to_every_queue_that_subscribes(client: Client, topic: str, queue: str) -> None:
+    other = f"{queue}-other"
+    await client.create_queue(other)
+    every = await client.subscribe(topic, "every", queue=queue)
+    some = await client.subscribe(topic, "some", queue=other, filter={"kind": ["news", "sports"]})
+
+    news = await client.publish(topic, {"n": 1}, headers={"kind": "news"}, sender="me")
+    weather = await client.publish(topic, {"n": 2}, headers={"kind": "weather"})
+
+    [one, two] = await client.dequeue(queue, max_messages=10)
+    [copy] = await client.dequeue(other, max_messages=10)
+    assert (every.queue, every.url, every.filter, every.state, every.secret) == (queue, None, None, "active", None)
+    assert some.filter == {"kind": ["news", "sports"]}
+    assert (news.duplicate, news.deliveries, weather.deliveries) == (False, 2, 1)
+    assert [(one.topic, one.published_id), (two.topic, two.published_id)] == [
+        (topic, news.message_id),
+        (topic, weather.message_id),
+    ]
+    assert (copy.body, copy.headers, copy.sender, copy.published_id) == (
+        {"n": 1},
+        {"kind": "news"},
+        "me",
+        news.message_id,
+    )
+    assert len({one.message_id, copy.message_id, news.message_id}) == 3  # a copy has an id of its own
+
+
+async def test_what_was_not_published_is_no_copy(client: Client, queue: str) -> None:
+    await client.enqueue(queue, 1)
+    [message] = await client.dequeue(queue)
+
+    assert (message.topic, message.published_id) == (None, None)
+
+
+async def test_a_publish_that_is_repeated_under_its_key_makes_no_more_copies(
+    client: Client, topic: str, queue: str
+) -> None:
+    await client.subscribe(topic, "only", queue=queue)
+    first = await client.publish(topic, 1, idempotency_key="key")
+    again = await client.publish(topic, 1, idempotency_key="key")
+
+    assert (again.message_id, again.duplicate, again.deliveries) == (first.message_id, True, 1)
+    assert (await client.count_messages(queue))["total"] == 1
+
+
+async def test_a_subscription_that_ended_gets_no_more(client: Client, topic: str, queue: str) -> None:
+    subscription = await client.subscribe(topic, "only", queue=queue)
+
+    assert await client.unsubscribe(subscription.subscription_id) == 0
+    assert (await client.publish(topic, 1)).deliveries == 0
+    assert (await failure_of(client.unsubscribe(subscription.subscription_id))).type == "subscription_not_found"
+
+
+async def test_a_topic_stores_until_it_is_told_to_broadcast(client: Client, queue: str) -> None:
+    topic = f"client-{uuid.uuid4().hex}"
+    created = await client.create_topic(topic, "on_broadcast")
+    stored = await client.publish(topic, 1)
+    await client.subscribe(topic, "late", queue=queue)
+
+    given_out = await client.broadcast(topic)
+
+    [message] = await client.dequeue(queue)
+    assert (created["topic"], created["delivery"]) == (topic, "on_broadcast")
+    assert stored.deliveries == 0
+    assert (given_out.messages, given_out.deliveries, given_out.complete) == (1, 1, True)
+    assert (message.body, message.published_id) == (1, stored.message_id)
+
+
+async def test_the_secret_of_a_url_is_told_once(start_broker: StartBroker) -> None:
+    broker = await start_broker(webhook_allow=("127.0.0.0/8",))
+    async with Client(broker.url) as client:
+        await client.create_topic("pushed")
+        first = await client.subscribe("pushed", "one", url="http://127.0.0.1:9/", max_receives=3)
+        again = await client.subscribe("pushed", "one", url="http://127.0.0.1:9/", max_receives=3)
+
+    assert first.url == again.url == "http://127.0.0.1:9/"
+    assert first.secret is not None
+    assert first.secret.startswith("whsec_")
+    assert (again.subscription_id, again.secret) == (first.subscription_id, None)
 
 
 async def test_any_method_can_be_called_by_its_name(client: Client, queue: str) -> None:

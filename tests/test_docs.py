@@ -225,6 +225,14 @@ def test_the_postman_collection_reads_every_page() -> None:
     assert found == {"{{broker_url}}" + page: "GET" for page in pages}
 
 
+def test_the_design_names_every_module_with_its_job() -> None:
+    page = (DOCS / "design.md").read_text("utf-8")
+    rows = page.partition("| module | its one job |\n")[2].partition("\n\n")[0]
+    modules = (path.relative_to(ROOT / "broker").with_suffix("") for path in (ROOT / "broker").rglob("*.py"))
+    named = {module.as_posix() for module in modules if not module.name.startswith("__")}
+    assert named == set(re.findall(r"`([a-z_/]*[a-z_])`", rows)) - {"rpc_schema"}
+
+
 def anchors(page: Path) -> set[str]:
     """Return the fragments under which the headings of a page can be reached, as GitHub makes them."""
     found: dict[str, int] = {}

@@ -22,6 +22,7 @@ import pytest
 
 from broker.embedded import EmbeddedPostgres, conninfo_of_running
 from broker.installation import EmbeddedError, Installation, find_installation
+from conftest import folder_for_data
 
 FAST = {"fsync": "off"}
 PROJECT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ StartOwner = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="wonderq-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="wonderq-test-", dir=folder_for_data() or "/tmp"))
     path.chmod(0o711)
     yield path
     shutil.rmtree(path)

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from broker.client import Client
+from conftest import StartBroker
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEADLINE = 120
@@ -56,6 +57,24 @@ def files(folder: Path) -> Path:
     (root / "link").symlink_to(root / "empty")
     (root / "loop").symlink_to(root)
     os.mkfifo(root / "pipe")
+    return root
+
+
+@pytest.fixture
+def modules(folder: Path) -> Path:
+    """Make a directory of 47 modules, of which 31 are large and in packages, and of files that are none."""
+    root = folder / "modules"
+    large = "def found():\n    pass\n" * 300
+    for package, size, text in (("one", 30, large), ("two", 10, "async def small(): ...\n")):
+        (root / package / "inner").mkdir(parents=True)
+        for number in range(size):
+            (root / package / "inner" / f"{number}.py").write_text(text)
+    for name in (b"with space.py", b"\xff\xfe not utf-8.py", b"empty.py", b"100%25.py", b"a.py", b"b.py"):
+        (root / os.fsdecode(name)).write_text("" if name == b"empty.py" else "def top(): ...\n")
+    (root / os.fsdecode(b"\xff package")).mkdir()
+    (root / os.fsdecode(b"\xff package/large.py")).write_text(large)
+    (root / "one" / "text.txt").write_text("def no_module(): ...")
+    (root / "link.py").symlink_to(root / "empty.py")
     return root
 
 
@@ -113,6 +132,7 @@ def example(name: str, url: str, *options: str) -> list[str]:
 
 
 DEMO = (sys.executable, "-m", "examples.demo")
+PUBSUB = (sys.executable, "-m", "examples.pubsub")
 
 
 async def test_the_producer_prints_the_ids_of_what_it_stored(broker_url: str, client: Client, queue: str) -> None:
@@ -190,10 +210,14 @@ async def test_the_session_can_be_run_and_pasted(broker_url: str, shell: str) ->
     for code, output, errors in (ran, pasted):
         answers = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         assert (code, errors) == (0, "")
-        assert [answer["id"] for answer in answers] == [1, 2, 3, 4, 5, 6]
+        assert [answer["id"] for answer in answers] == list(range(1, 11))
         assert answers[2]["result"]["messages"][0]["body"] == {"hello": "world"}
         assert answers[4]["result"] == {"deleted": True}
         assert answers[5]["result"]["total"] == 0
+        assert answers[8]["result"]["deliveries"] == 1
+        (copy,) = answers[9]["result"]["messages"]
+        assert (copy["body"], copy["topic"]) == ({"rain": True}, "news")
+        assert copy["published_id"] == answers[8]["result"]["message_id"]
 
 
 async def test_the_session_ends_at_the_first_error() -> None:
@@ -285,3 +309,59 @@ async def test_a_demo_whose_broker_cannot_start_says_why(folder: Path, files: Pa
     assert code == 1
     assert str(data_dir) in errors
     assert "The broker ended before it was ready." in errors
+
+
+async def test_both_subscribers_handle_every_module_once_also_after_an_interrupted_run(
+    folder: Path, modules: Path
+) -> None:
+    environ = {"DEMO_DIR": modules, "DEMO_DATA_DIR": folder / "data"}
+    async with running(*PUBSUB, **environ) as demo:
+        await line_of(demo, "index killed")
+        demo.send_signal(signal.SIGINT)
+        interrupted, _, errors = await outcome(demo)
+
+    code, output, complaints = await run(*PUBSUB, **environ)
+
+    assert (interrupted, errors) == (130, "interrupted; everything is stopped\n")
+    assert (code, complaints) == (0, ""), output
+    assert "47 modules below" in output
+    assert "published     47 modules; 78 copies for 2 subscribers" in output
+    assert "index         47 of 47 as found here" in output
+    assert "lines         31 of 31 as found here" in output
+    # What the killed subscriber held came to it again.
+    held = int(output.split("index killed while it held ")[1].split()[0])
+    assert held > 0
+    assert f"{held} of the {held} messages that it held came again" in output
+    assert "broadcast     4 messages while nobody subscribed, then 8 copies" in output
+    assert output.count(": 4 of 4 as found here") == 2
+    assert "forged        2 of 2 subscribers refused" in output
+    assert "problems      0" in output
+
+
+async def test_the_demo_of_topics_notices_what_went_wrong(start_broker: StartBroker, modules: Path) -> None:
+    broker = await start_broker(webhook_allow=("127.0.0.0/8",))
+
+    faults = "wrong,missing,twice,forged"
+    code, output, errors = await run(*PUBSUB, DEMO_DIR=modules, BROKER_URL=broker.url, DEMO_FAULT=faults)
+
+    assert (code, errors) == (1, "")
+    assert "\nwrong: lines found something else in " in output
+    assert "\nmissing: lines never handled " in output
+    assert "\nhandled twice: " in output
+    assert "\ncopies: " in output
+    assert "\nforged: 1 subscribers took a message that nobody had signed" in output
+    assert "\nunknown: lines handled forged, which was not for it" in output
+    # It leaves nothing behind that would be pushed to nobody.
+    assert (await broker.call("list_topics"))["topics"] == []
+
+
+async def test_the_demo_of_topics_says_what_it_cannot_do(broker_url: str, folder: Path, modules: Path) -> None:
+    no_push = await run(*PUBSUB, DEMO_DIR=modules, BROKER_URL=broker_url)
+    no_modules = await run(*PUBSUB, DEMO_DIR=modules / "link.py", BROKER_URL=broker_url)
+    no_fault = await run(*PUBSUB, DEMO_DIR=modules, BROKER_URL=broker_url, DEMO_FAULT="wrong,lost")
+
+    assert [no_push[0], no_modules[0], no_fault[0]] == [1, 1, 1]
+    assert "--webhook-allow" in no_push[2]
+    assert no_modules[2].startswith("There are no modules below ")
+    assert no_fault[2] == "DEMO_FAULT is 'wrong,lost'; it may name wrong, missing, twice, forged.\n"
+    assert "Traceback" not in no_push[2] + no_modules[2] + no_fault[2]

@@ -83,12 +83,16 @@ class Scan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a statement did; `most_rows` is how many rows the step had that had most."""
+    """What a statement did.
+
+    `most_rows` is how many rows the step had that had most, `walked` are the indexes that were read from end to end.
+    """
 
     statement: str
     scans: list[Scan]
     pages: int
     most_rows: float
+    walked: set[str]
 
     def rows(self, index: str) -> float:
         return sum(scan.rows for scan in self.scans if scan.index == index)
@@ -140,7 +144,8 @@ async def plans_of(connection: Connection, use: Use) -> list[Plan]:
         root = msgspec.json.decode(row[0])[0]["Plan"]
         scans = [_scan(node) for node in _nodes(root) if _is_scan(node)]
         pages = root["Shared Hit Blocks"] + root["Shared Read Blocks"]
-        plans.append(Plan(statement, scans, pages, max(map(_rows, _nodes(root)))))
+        walked = {node["Index Name"] for node in _nodes(root) if "Index Name" in node and "Index Cond" not in node}
+        plans.append(Plan(statement, scans, pages, max(map(_rows, _nodes(root))), walked))
     return plans
 
 
@@ -371,6 +376,7 @@ async def check_publishing(connection: Connection) -> None:
         assert {scan.index for scan in plan.scans} <= {KEY}, plan
         assert plan.rows(KEY) == 0, plan
         assert plan.most_rows <= 10 * n * (subscribed + 10), plan
+        assert not plan.walked, plan
 
         async def broadcast(c: Connection, n: int = n, subscribed: int = subscribed) -> None:
             await subscribe(c, "default", how_often=subscribed)
@@ -384,6 +390,7 @@ async def check_publishing(connection: Connection) -> None:
         assert {scan.index for scan in plan.scans} <= {KEY}, plan
         assert plan.rows(KEY) <= 2 * n, plan
         assert plan.most_rows <= 10 * n * (subscribed + 10), plan
+        assert not plan.walked, plan
 
 
 async def queue_id(connection: Connection, name: str) -> int:

@@ -1,6 +1,7 @@
 """Brokers as real processes: how they start, how they stop, and what is left when they or PostgreSQL are killed.
 
-The crash tests use embedded PostgreSQL servers with their durable settings, each in a data directory of its own.
+The crash tests use embedded PostgreSQL servers with their durable settings, each in a data directory of its own; what
+processes die of takes nothing from a system's memory.
 Deadlines only catch a hang; what is asserted about time is said in the test.
 """
 
@@ -33,7 +34,9 @@ from broker.server import DRAIN_SECONDS
 from broker.settings import Settings
 from broker.sharing import Scoreboard
 from broker.worker import SCOREBOARD, Job
+from conftest import folder_for_data
 from outside import eventually
+from receiver import receiving, silent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
@@ -138,7 +141,9 @@ async def start(folder: Path) -> AsyncIterator[Start]:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that the account of an embedded PostgreSQL can enter."""
-    with tempfile.TemporaryDirectory(prefix="wonderq-processes-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="wonderq-processes-", dir=folder_for_data(), ignore_cleanup_errors=True
+    ) as name:
         os.chmod(name, 0o755)
         yield Path(name)
         for pid in itertools.chain.from_iterable(postgres_pids(data_dir) for data_dir in Path(name).iterdir()):
@@ -361,6 +366,32 @@ async def test_a_broker_whose_database_hangs_stops_within_ten_seconds(
         await postgres.stop()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_a_broker_that_stops_gives_back_what_an_endpoint_does_not_answer(
+    start: Start, http: aiohttp.ClientSession, database_url: str, processes: int
+) -> None:
+    flags = ("--database-url", database_url, "--webhook-allow", "127.0.0.0/8", "--processes", str(processes))
+    broker = await (await start(*flags)).ready()
+    await call(http, broker.url, "create_topic", topic="t")
+    async with receiving(silent) as receiver:
+        queue = (await call(http, broker.url, "subscribe", topic="t", name="a", url=receiver.url))["queue"]
+        for number in range(10):
+            await call(http, broker.url, "publish", topic="t", body=number)
+        await receiver.received(2)
+        broker.signal(signal.SIGTERM)
+        assert await broker.ended(STOP_SECONDS) == 0
+        pushed = len(receiver.requests)
+    assert "Traceback" not in broker.log
+    with psycopg.connect(database_url) as connection:
+        left = connection.execute(
+            "SELECT m.receive_count, m.visible_at <= now(), count(*)::int FROM broker.messages m"
+            " JOIN broker.queues q ON q.id = m.queue_id WHERE q.name = %s GROUP BY 1, 2",
+            (queue,),
+        ).fetchall()
+    assert left == [(0, True, 10)]
+    assert pushed <= 2 * processes
+
+
 @pytest.mark.parametrize("moment", ["while PostgreSQL starts", "while it waits for the database"])
 async def test_a_broker_that_is_stopped_before_it_is_ready_leaves_nothing_behind(
     start: Start, folder: Path, data_dir: Path, moment: str
@@ -457,9 +488,8 @@ async def test_the_outcome_of_a_call_whose_connection_breaks_is_unknown_and_of_a
 async def test_calls_to_a_database_that_hangs_are_answered_in_time_and_served_when_it_goes_on(
     start: Start, data_dir: Path, http: aiohttp.ClientSession
 ) -> None:
-    # A sweep would take the idle connection of the pool.
-    options = ("--request-timeout", "1", "--sweep-interval", "3600")
-    broker = await (await start("--data-dir", str(data_dir), *options)).ready()
+    """One call waits for a lock when PostgreSQL is stopped: it has certainly been sent. More come later."""
+    broker = await (await start("--data-dir", str(data_dir), "--request-timeout", "1")).ready()
     await call(http, broker.url, "enqueue", body="before")
     (message,) = (await call(http, broker.url, "dequeue", visibility_timeout=600))["messages"]
     receipt = message["receipt"]
@@ -472,22 +502,38 @@ async def test_calls_to_a_database_that_hangs_are_answered_in_time_and_served_wh
         ("count_messages", {}, {"none"}),
         ("get_server", {}, {"none"}),
     ]
-    pause(data_dir, signal.SIGSTOP)
-    try:
-        # It is sent on the idle connection of the pool, and will be carried out when PostgreSQL goes on.
-        in_doubt = await answer(http, broker.url, "enqueue", body="in doubt")
-        assert (in_doubt["error"]["code"], in_doubt["error"]["data"]["outcome"]) == (-32001, "unknown")
-        for _ in range(3):  # more than there are connections
-            began_at = time.monotonic()
-            answers = await asyncio.gather(*(answer(http, broker.url, method, **params) for method, params, _ in calls))
-            assert time.monotonic() - began_at < 1 + 10 * 0.5
-            for (method, _, outcomes), answered in zip(calls, answers, strict=True):
-                assert answered["error"]["code"] == -32001, method
-                assert answered["error"]["data"]["outcome"] in outcomes, method
-        assert (await status_of(http, f"{broker.url}/readyz"))[0] == 503
-        assert (await status_of(http, f"{broker.url}/livez"))[0] == 200
-    finally:
-        pause(data_dir, signal.SIGCONT)
+    conninfo = conninfo_of_running(data_dir)
+    assert conninfo is not None
+    # At first a statement waits for a tenth of a second only, and is sent again then.
+    waits = """
+        SELECT 1 FROM pg_stat_activity
+        WHERE query LIKE '%/* enqueue */%' AND wait_event_type = 'Lock'
+            AND clock_timestamp() - query_start > interval '0.2 seconds'
+    """
+    with (
+        contextlib.closing(psycopg.connect(conninfo)) as holder,
+        contextlib.closing(psycopg.connect(conninfo, autocommit=True)) as watcher,
+    ):
+        holder.execute("LOCK TABLE broker.messages")
+        in_doubt = asyncio.create_task(answer(http, broker.url, "enqueue", body="in doubt"))
+        await until(lambda: in_doubt.done() or watcher.execute(waits).fetchone())
+        pause(data_dir, signal.SIGSTOP)
+        try:
+            error = (await asyncio.wait_for(in_doubt, DEADLINE))["error"]
+            assert (error["code"], error["data"]["outcome"]) == (-32001, "unknown")
+            for _ in range(3):  # more than there are connections
+                began_at = time.monotonic()
+                answers = await asyncio.gather(
+                    *(answer(http, broker.url, method, **params) for method, params, _ in calls)
+                )
+                assert time.monotonic() - began_at < 1 + 10 * 0.5
+                for (method, _, outcomes), answered in zip(calls, answers, strict=True):
+                    assert answered["error"]["code"] == -32001, method
+                    assert answered["error"]["data"]["outcome"] in outcomes, method
+            assert (await status_of(http, f"{broker.url}/readyz"))[0] == 503
+            assert (await status_of(http, f"{broker.url}/livez"))[0] == 200
+        finally:
+            pause(data_dir, signal.SIGCONT)
 
     async with asyncio.timeout(DEADLINE):
         while "error" in await answer(http, broker.url, "enqueue", body="after"):
@@ -700,7 +746,8 @@ class Line:
         """The number of the worker that has it."""
         ends = [f"0100007F:{port:04X}" for port in (self._broker.port, self._writer.get_extra_info("sockname")[1])]
         rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]
-        (inode,) = (row[9] for row in rows if row[1:3] == ends)
+        # A line comes twice where others come and go while the system writes it.
+        (inode,) = {row[9] for row in rows if row[1:3] == ends} - {"0"}
         for number, pid in self._broker.workers.items():
             for entry in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(FileNotFoundError):

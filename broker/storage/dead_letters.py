@@ -133,7 +133,7 @@ _SETTLE_ENDED = f"""
 WITH ended AS MATERIALIZED (
     SELECT s.queue_id, m.id, q.name, t.id AS target_id, t.name AS target
     FROM broker.subscriptions s
-    JOIN broker.queues q ON q.id = s.queue_id AND q.deleted_at IS NULL
+    JOIN broker.queues q ON q.id = s.queue_id
     LEFT JOIN broker.queues t ON t.id = q.dead_letter_queue_id AND t.deleted_at IS NULL
     CROSS JOIN LATERAL (
         SELECT id

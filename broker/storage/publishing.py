@@ -28,10 +28,11 @@ IDEMPOTENCY_WINDOW = 300.0
 # The longest body, whatever the queues of the subscriptions take: what a queue may take at most.
 MAX_MESSAGE_BYTES = 2**20
 
-# The subscriptions that want a message, and their queues. Asks for `i`, with topic_id and header_values.
+# The subscriptions that want a message, and their queues. Asks for `i`, with topic_id and header_values. A queue lives
+# as long as its subscription; to ask for that would bring an index into play that has all queues that live.
 MATCHING = """
 FROM broker.subscriptions s
-JOIN broker.queues q ON q.id = ANY (ARRAY[s.queue_id]) AND q.deleted_at IS NULL
+JOIN broker.queues q ON q.id = ANY (ARRAY[s.queue_id])
 WHERE s.topic_id = ANY (ARRAY[i.topic_id]) AND s.state <> 'ended'
     AND (
         s.filter IS NULL

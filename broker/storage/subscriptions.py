@@ -47,8 +47,8 @@ _SHOWN = """
 
 _FROM = """
 FROM broker.subscriptions s
-JOIN broker.topics t ON t.id = s.topic_id
-JOIN broker.queues q ON q.id = s.queue_id
+JOIN broker.topics t ON t.id = ANY (ARRAY[s.topic_id])
+JOIN broker.queues q ON q.id = ANY (ARRAY[s.queue_id])
 """
 
 
@@ -321,7 +321,7 @@ SELECT
         ORDER BY c.id DESC
     )
 {_FROM}
-WHERE s.url IS NOT NULL AND s.state <> 'ended' AND q.deleted_at IS NULL
+WHERE s.url IS NOT NULL AND s.state <> 'ended'
 ORDER BY s.id
 """
 

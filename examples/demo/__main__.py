@@ -1,25 +1,22 @@
 """The demo's orchestrator: starts the processes, kills one, collects the reports and judges them."""
 
 import asyncio
-import io
 import os
-import signal
 import sys
 import sysconfig
 import time
 import uuid
 from asyncio.subprocess import Process
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from broker.client import BrokerError, Client
 
 from . import FAULTS, FILES, RESULTS, VISIBILITY_TIMEOUT
 from .files import list_files
-from .processes import DemoFailed, feed, own_broker, read_line, running
+from .processes import DemoFailed, feed, find_data_dir, in_good_order, own_broker, read_line, running
+from .progress import progress
 from .verdict import Report, judge
 
 # Seconds without any report after which something must hang; a consumer may need long for large files.
@@ -43,7 +40,7 @@ async def run_demo() -> bool:
         print(f"{len(names)} files below {directory}, broker at {url}", flush=True)
         async with AsyncExitStack() as workers:
             producers, consumers, held = await start_workers(workers, url, run, directory, names, fault)
-            with progress(len(names)) as show:
+            with progress(len(names), "files") as show:
                 reports = await collect(client, run, producers, consumers, show)
         text, is_well = await asyncio.to_thread(judge, directory, names, reports, held, started)
     print(text)
@@ -53,7 +50,7 @@ async def run_demo() -> bool:
 
 def find_directories() -> tuple[Path, Path, list[str]]:
     """Return where an own broker keeps its data, the directory to work on and the files below it."""
-    data_dir = Path(os.environ.get("DEMO_DATA_DIR") or default_data_dir()).resolve()
+    data_dir = find_data_dir()
     left_out = {os.fsencode(data_dir)}
     if given := os.environ.get("DEMO_DIR"):
         directory = Path(given).resolve()
@@ -64,12 +61,6 @@ def find_directories() -> tuple[Path, Path, list[str]]:
     if not names:
         raise DemoFailed(f"There are no files below {directory}: set DEMO_DIR to a directory with some.")
     return data_dir, directory, names
-
-
-def default_data_dir() -> str:
-    """Return `.demo`; for root below a closed folder, where PostgreSQL's own account cannot go, another."""
-    is_closed = any(not folder.stat().st_mode & 0o001 for folder in (Path.cwd(), *Path.cwd().parents))
-    return "/var/lib/wonderq-demo" if os.geteuid() == 0 and is_closed else ".demo"
 
 
 async def make_queues(client: Client) -> None:
@@ -153,45 +144,5 @@ async def is_empty(client: Client, queue: str) -> bool:
     return int((await client.count_messages(queue))["total"]) == 0
 
 
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many files are done: a bar on a terminal, a line for each tenth elsewhere."""
-    if sys.stdout.isatty():
-        columns = (BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns) as bar:
-            task = bar.add_task("files", total=total)
-            yield lambda done: bar.update(task, completed=done)
-        return
-    shown = 0
-
-    def show(done: int) -> None:
-        nonlocal shown
-        if done * 10 // total > shown:
-            shown = done * 10 // total
-            print(f"{done} of {total} files", flush=True)
-
-    yield show
-
-
-async def main() -> int:
-    """Run the demo so that Ctrl-C and SIGTERM end it in good order; return the exit code."""
-    # The demo may be reading Python's own directory: nothing is to be written there meanwhile.
-    sys.dont_write_bytecode = True
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # The directory's name need not be UTF-8 either.
-    demo = asyncio.create_task(run_demo())
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Only once: a second Ctrl-C must not interrupt the stopping of the processes.
-        asyncio.get_running_loop().add_signal_handler(number, lambda: demo.cancelling() or demo.cancel())
-    try:
-        return 0 if await demo else 1
-    except (DemoFailed, BrokerError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except asyncio.CancelledError:
-        print("interrupted; everything is stopped", file=sys.stderr)
-        return 130
-
-
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(asyncio.run(in_good_order(run_demo())))

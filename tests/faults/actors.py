@@ -248,6 +248,7 @@ def delete_batch(brokers: Brokers, history: History, receipts: list[str]) -> Non
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     what, name, urls, target, seed, path, *rest = sys.argv[1:]
     rng = random.Random(f"{seed} {name}")
     history = History(path)

@@ -66,11 +66,16 @@ class Load:
         if what == "consume":
             words.append(str(self._lease_seconds))
         with (self._folder / f"{name}.err").open("wb") as errors:
-            process = subprocess.Popen(
-                [*DIES_WITH_US, sys.executable, "-I", "-S", str(ACTORS), *words],
-                stdin=subprocess.DEVNULL,
-                stderr=errors,
-            )
+            # It takes note of what it is told when it is ready, also where that is before it has begun.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            try:
+                process = subprocess.Popen(
+                    [*DIES_WITH_US, sys.executable, "-I", "-S", str(ACTORS), *words],
+                    stdin=subprocess.DEVNULL,
+                    stderr=errors,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._actors.append(Actor(what, target, name, process, history))
 
     def living(self, *whats: str) -> list[Actor]:

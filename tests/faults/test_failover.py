@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -21,7 +22,7 @@ PROBES = "probes"
 
 
 @pytest.mark.timeout(900)
-async def test_nothing_is_lost_when_the_standby_takes_over(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_nothing_is_lost_when_the_standby_takes_over(record_property: Callable[[str, object], None]) -> None:
     async with running_deployment() as deployment, aiohttp.ClientSession() as http:
         load = Load(deployment.folder, deployment.urls, seed=1, lease_seconds=LEASE_SECONDS, queue=QUEUE)
         await call(http, deployment.urls[0], "create_queue", queue=PROBES)
@@ -42,11 +43,11 @@ async def test_nothing_is_lost_when_the_standby_takes_over(capsys: pytest.Captur
         finally:
             await load.close()
         verdict = check(load.events())
-        with capsys.disabled():
-            print(
-                f"\n{FAILOVERS} failovers: {verdict.acknowledged} acknowledged, {len(verdict.lost)} lost, first"
-                f" acknowledged after {seconds} s, drained in {drain_seconds:.1f} s"
-            )
+        record_property(
+            f"{FAILOVERS} failovers",
+            f"{verdict.acknowledged} acknowledged, {len(verdict.lost)} lost, first acknowledged after {seconds} s,"
+            f" drained in {drain_seconds:.1f} s",
+        )
         assert verdict.violations == {}, json.dumps(verdict.summary(), indent=1)
         assert verdict.failures
         assert left == 0
@@ -63,18 +64,17 @@ async def first_acknowledged(http: aiohttp.ClientSession, deployment: Deployment
 
 @pytest.mark.parametrize("is_synchronous", [True, False])
 async def test_what_only_the_dead_primary_had_was_acknowledged_only_where_nobody_waits_for_the_standby(
-    is_synchronous: bool, capsys: pytest.CaptureFixture[str]
+    is_synchronous: bool, record_property: Callable[[str, object], None]
 ) -> None:
     """The standby hangs, then the primary dies, then the standby takes over.
 
     The asynchronous one is the control: it shows that messages which are lost are missed.
     """
     verdict = await lose_the_primary_while_the_standby_hangs(is_synchronous=is_synchronous)
-    with capsys.disabled():
-        name = "synchronous" if is_synchronous else "asynchronous"
-        print(
-            f"\nprimary dies, standby is behind, {name}: {verdict.acknowledged} acknowledged, {len(verdict.lost)} lost"
-        )
+    name = "synchronous" if is_synchronous else "asynchronous"
+    record_property(
+        f"primary dies, standby is behind, {name}", f"{verdict.acknowledged} acknowledged, {len(verdict.lost)} lost"
+    )
     assert list(verdict.violations) == ([] if is_synchronous else ["lost"])
 
 

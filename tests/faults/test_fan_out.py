@@ -10,6 +10,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import aiohttp
 import pytest
@@ -33,7 +34,7 @@ JOIN broker.queues q ON q.id = m.queue_id
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1])
 async def test_a_hundred_subscriptions_get_every_message_once_while_the_broker_is_killed(
-    seed: int, capsys: pytest.CaptureFixture[str]
+    seed: int, record_property: Callable[[str, object], None]
 ) -> None:
     chance = random.Random(seed)
     with folder_for_servers() as folder:
@@ -73,12 +74,11 @@ async def test_a_hundred_subscriptions_get_every_message_once_while_the_broker_i
     missing, from_nowhere = expected - counted.keys(), counted.keys() - expected
     double = [copy for copy, times in counted.items() if times > 1]
     failures = Counter(f"{event.type} {event.outcome}" for event in events if isinstance(event, Failed))
-    with capsys.disabled():
-        print(
-            f"\n{MESSAGES} messages to {SUBSCRIPTIONS} subscriptions, the broker killed {KILLS} times: {len(copies)}"
-            f" copies, {len(missing)} missing, {len(double)} double, {len(from_nowhere)} from nowhere, in"
-            f" {seconds:.1f} s; the publisher was told {dict(failures)}"
-        )
+    record_property(
+        f"{MESSAGES} messages to {SUBSCRIPTIONS} subscriptions, {KILLS} kills of the broker",
+        f"{len(copies)} copies, {len(missing)} missing, {len(double)} double, {len(from_nowhere)} from nowhere, in"
+        f" {seconds:.1f} s; the publisher was told {dict(failures)}",
+    )
     assert len(sent) == len(ids) == MESSAGES
     assert (missing, double, from_nowhere) == (set(), [], set())
     assert len(copies) == MESSAGES * SUBSCRIPTIONS

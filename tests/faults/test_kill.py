@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -25,7 +26,7 @@ STOP_SECONDS = 10.0
 
 @pytest.mark.timeout(900)
 async def test_nothing_is_lost_when_one_of_two_brokers_is_killed_again_and_again(
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     async with running_deployment() as deployment:
         load = Load(deployment.folder, deployment.urls, seed=1, lease_seconds=LEASE_SECONDS, queue=QUEUE)
@@ -43,12 +44,12 @@ async def test_nothing_is_lost_when_one_of_two_brokers_is_killed_again_and_again
         events = load.events()
         verdict = check(events)
         slowest = max(event.seconds for event in events if isinstance(event, Failed))
-        with capsys.disabled():
-            print(
-                f"\n{KILLS} brokers killed: {verdict.acknowledged} acknowledged, {len(verdict.lost)} lost, the slowest"
-                f" enqueue took {verdict.slowest_enqueue_seconds:.2f} s, the slowest failure {slowest:.2f} s,"
-                f" drained in {drain_seconds:.1f} s"
-            )
+        record_property(
+            f"{KILLS} brokers killed",
+            f"{verdict.acknowledged} acknowledged, {len(verdict.lost)} lost, the slowest enqueue took"
+            f" {verdict.slowest_enqueue_seconds:.2f} s, the slowest failure {slowest:.2f} s, drained in"
+            f" {drain_seconds:.1f} s",
+        )
         assert verdict.violations == {}, json.dumps(verdict.summary(), indent=1)
         assert verdict.failures
         assert left == 0
@@ -56,7 +57,7 @@ async def test_nothing_is_lost_when_one_of_two_brokers_is_killed_again_and_again
 
 
 async def test_what_a_killed_broker_had_leased_for_somebody_comes_back_after_the_lease(
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     """The database has leased the message, and the answer has not reached the broker when that dies."""
     async with running_deployment() as deployment, aiohttp.ClientSession() as http:
@@ -75,8 +76,7 @@ async def test_what_a_killed_broker_had_leased_for_somebody_comes_back_after_the
             await taking
         [message] = (await call(http, other.url, "dequeue", wait=60, **lease))["messages"]
         late = (datetime.fromisoformat(message["visible_at"]) - ended_at).total_seconds() - LEASE_SECONDS
-        with capsys.disabled():
-            print(f"\nleased by a broker that was killed: came back {late:.2f} s after the lease")
+        record_property("leased by a broker that was killed", f"came back {late:.2f} s after the lease")
         assert (message["body"], message["receive_count"]) == ("x", 2)
         assert late >= 0
 

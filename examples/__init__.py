@@ -1,0 +1,1 @@
+"""Programs that use the broker: a producer, a consumer, and two demos."""
