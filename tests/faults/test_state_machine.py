@@ -275,7 +275,7 @@ LONG_ENOUGH: Params = {"visibility_timeout": 2, "idempotency_window": 3}
 MALFORMED = ("", "a receipt", "A" * 43)
 
 
-TOPICS = st.sampled_from(("now", "now", "later"))
+TOPICS = st.sampled_from(("now", "later"))
 FILTERS = st.sampled_from((None, None, {}, {"kind": ["é"]}, {"kind": ["e", "é"], "other": ["x"]}))
 SUBSCRIPTIONS = st.sampled_from(("one", "two"))
 
@@ -357,6 +357,8 @@ class Contract(RuleBasedStateMachine):
             self.create_topic(0, topic, delivery)
             self.subscribe(1, topic, "one", "work", wanted)
         self.subscribe(0, "now", "two", "default", None)
+        self.publish(0, "later", messages, "nothing")
+        self.publish(1, "now", messages, "nothing")
 
     def create(self, broker: int, queue: str, attributes: Params) -> None:
         answer = self.call(broker, "create_queue", queue=queue, **in_seconds(attributes))
@@ -613,14 +615,28 @@ class Contract(RuleBasedStateMachine):
             for queue, page in zip(self.model.queues, pages, strict=True)
         }
 
-    @rule(broker=BROKERS, topic=TOPICS, messages=st.lists(MESSAGES, min_size=1, max_size=2))
-    def publish(self, broker: int, topic: str, messages: list[New]) -> None:
+    @rule(
+        broker=BROKERS,
+        topic=TOPICS,
+        messages=st.lists(MESSAGES, min_size=1, max_size=3),
+        then=st.sampled_from(("nothing", "nothing", "broadcast", "time passes", "broadcast after a time")),
+    )
+    def publish(self, broker: int, topic: str, messages: list[New], then: str) -> None:
         for message in messages:
             answer = self.call(broker, "publish", topic=topic, **sent(message))
             self.model.publish(topic, message, answer, self.come(1 - broker))
+        if "time" in then:
+            self.check(broker)
+            self.pass_time(1)
+        if "broadcast" in then:
+            self.check(broker)
+            self.broadcast_now(1 - broker, topic)
 
     @rule(broker=BROKERS, topic=st.sampled_from(("later", "later", "later", "now")))
     def broadcast(self, broker: int, topic: str) -> None:
+        self.broadcast_now(broker, topic)
+
+    def broadcast_now(self, broker: int, topic: str) -> None:
         answer = self.call(broker, "broadcast", topic=topic)
         self.model.broadcast(topic, answer, self.come(1 - broker))
 
