@@ -129,7 +129,7 @@ async def running_brokers(folder: Path, nodes: Sequence[Node], number: int, *fla
     async with contextlib.AsyncExitStack() as stack:
         brokers = []
         for name in (f"broker-{n}" for n in range(1, number + 1)):
-            proxies = [await stack.enter_async_context(Proxy(node.port)) for node in nodes]
+            proxies = [await stack.enter_async_context(Proxy(node.port, node.address)) for node in nodes]
             broker = Broker(name, folder, proxies)
             stack.push_async_callback(broker.close)
             await broker.start(*flags)

@@ -28,6 +28,9 @@ OUTCOMES = "tests/test_outcomes.py::"
 WAITING = "tests/test_waiting.py::"
 LOW_WATER = "tests/test_low_water.py::"
 ISOLATION = "tests/faults/test_isolation.py::"
+ADDRESSES = "tests/test_addresses.py::"
+RECEIVERS = "tests/test_receivers.py::"
+WEBHOOKS = "tests/test_webhooks.py::"
 PUBLISHING = "tests/test_publishing.py::"
 PUBLISHING_KEYS = "tests/test_publishing_keys.py::"
 BROADCAST = "tests/test_broadcast.py::"
@@ -628,5 +631,143 @@ MUTATIONS = (
         "broker/waiting.py",
         (("                self._to_look_at.update(self._lines)\n                next", "                next"),),
         (WAITING + "test_rows_inserted_in_sql_are_seen_within_about_a_second",),
+    ),
+    # What is pushed, to whom, and how often.
+    Mutation(
+        "push: one address that may be reached is enough",
+        "broker/addresses.py",
+        (
+            (
+                "        for address in addresses:\n            self._guard.check_address(address, self._scheme)\n",
+                "        self._guard.check_address(addresses[0], self._scheme)\n",
+            ),
+        ),
+        (ADDRESSES + "test_one_forbidden_address_among_many_is_enough",),
+    ),
+    Mutation(
+        "push: a host that is an address is not looked at when it is connected to",
+        "broker/addresses.py",
+        (("        self.check_address(str(address[0]), scheme)\n", ""),),
+        (ADDRESSES + "test_no_private_address_is_reached_in_any_notation",),
+    ),
+    Mutation(
+        "push: what was looked up before is taken for true",
+        "broker/addresses.py",
+        (("            use_dns_cache=False,\n", ""), ("keepalive_timeout=KEEP_ALIVE_SECONDS", "force_close=True")),
+        (ADDRESSES + "test_each_connection_asks_anew",),
+    ),
+    Mutation(
+        "push: redirects are followed",
+        "broker/receivers.py",
+        (("allow_redirects=False", "allow_redirects=True"),),
+        (RECEIVERS + "test_a_redirect_to_a_private_address_is_not_followed",),
+    ),
+    Mutation(
+        "push: an answer counts when its body has been read",
+        "broker/receivers.py",
+        (("        left = -1\n", "        raise\n"),),
+        (RECEIVERS + "test_the_head_alone_decides_and_the_rest_is_read_to_a_limit",),
+    ),
+    Mutation(
+        "push: the body of an answer is read to its end",
+        "broker/receivers.py",
+        (("while left >= 0 and not", "while not"), ("timeout(ANSWER_SECONDS)", "timeout(None)")),
+        (RECEIVERS + "test_a_connection_is_used_again_after_a_short_answer_and_dropped_after_a_long_one",),
+    ),
+    Mutation(
+        "push: only the newest secret signs",
+        "broker/receivers.py",
+        (("body, secrets),", "body, secrets[:1]),"),),
+        (WEBHOOKS + "test_after_a_rotation_either_secret_fits_and_after_a_day_the_new_one_alone",),
+    ),
+    Mutation(
+        "push: who is slow may have every place",
+        "broker/places.py",
+        (
+            ("if holder.places < self._free:", "if self._free:"),
+            ("if each.places < self._free)", "if self._free)"),
+        ),
+        (
+            "tests/test_places.py::test_who_takes_all_that_he_can_leaves_half_of_it",
+            WEBHOOKS + "test_endpoints_that_answer_no_more_leave_places_for_the_others",
+        ),
+    ),
+    Mutation(
+        "push: a place that was granted to somebody who has gone is lost",
+        "broker/places.py",
+        (
+            (
+                "                self.release(holder)  # it was granted, and nobody is there to use it\n",
+                "                pass\n",
+            ),
+        ),
+        (
+            "tests/test_places.py::test_no_place_is_lost_or_made_whatever_happens",
+            "tests/test_places.py::test_who_ceases_to_wait_takes_no_place_with_him_whenever_that_is",
+        ),
+    ),
+    Mutation(
+        "push: other brokers hear of no pause",
+        "broker/webhooks.py",
+        (("self._note(endpoint, lambda connection: subscriptions.pause(connection, number, seconds))", "pass"),),
+        (WEBHOOKS + "test_an_endpoint_that_asks_for_patience_is_left_alone_by_every_broker_for_so_long",),
+    ),
+    Mutation(
+        "push: an endpoint that fails is probed by whoever likes",
+        "broker/storage/subscriptions.py",
+        (
+            (
+                "SET probe_at = statement_timestamp() + %(every_seconds)s::float8 *",
+                "SET probe_at = statement_timestamp() + 0 *",
+            ),
+        ),
+        (WEBHOOKS + "test_an_endpoint_that_fails_is_probed_by_one_broker_with_one_message_until_it_takes_one",),
+    ),
+    Mutation(
+        "push: probes take the places of the others",
+        "broker/webhooks.py",
+        (("        self._probes = asyncio.Semaphore(PROBES)\n", "        self._probes = asyncio.Semaphore(10**6)\n"),),
+        (WEBHOOKS + "test_any_number_of_endpoints_that_fail_take_no_place_at_all",),
+    ),
+    Mutation(
+        "push: after its last delivery a message waits as after any other",
+        "broker/webhooks.py",
+        (("push.message.receive_count >= max_receives:", "push.message.receive_count > max_receives:"),),
+        (WEBHOOKS + "test_after_its_last_delivery_a_message_is_a_dead_letter_at_once",),
+    ),
+    Mutation(
+        "push: a delete that the database does not answer is given up",
+        "broker/webhooks.py",
+        (
+            (
+                "        deleted = await self._until_answered(lambda: self._calls.delete([lease]))\n",
+                "        deleted = await self._calls.delete([lease])\n",
+            ),
+        ),
+        (WEBHOOKS + "test_what_was_taken_while_the_database_was_away_is_deleted_when_it_is_back_and_pushed_once",),
+    ),
+    Mutation(
+        "push: a broker that stops keeps the leases of what was not answered",
+        "broker/webhooks.py",
+        (("            if not push.is_answered:\n", "            if False:\n"),),
+        (WEBHOOKS + "test_what_a_stopped_broker_had_no_answer_to_is_pushed_by_the_next_at_once",),
+    ),
+    Mutation(
+        "push: what finds no place is kept",
+        "broker/webhooks.py",
+        (("            self._give_back(endpoint.target.queue, delivery.leases[sent:])\n", "            pass\n"),),
+        (WEBHOOKS + "test_a_message_that_finds_no_place_in_time_is_given_back_uncounted",),
+    ),
+    Mutation(
+        "push: 410 is a failure like any other",
+        "broker/receivers.py",
+        (("        return Answer(Outcome.GONE)\n", "        return Answer(Outcome.REFUSED)\n"),),
+        (WEBHOOKS + "test_410_ends_the_subscription_and_what_is_left_becomes_dead_letters",),
+    ),
+    Mutation(
+        "push: consumers of the broker's own take the places of clients",
+        "broker/server.py",
+        (("partial(self.waiting.dequeue, takes_place=False)", "self.waiting.dequeue"),),
+        (WEBHOOKS + "test_consumers_of_the_broker_s_own_take_no_place_from_its_clients",),
     ),
 )
