@@ -41,8 +41,8 @@ CHECK_SECONDS = 5.0
 # to half a minute, and each of so many dead hosts takes one thread.
 LOOKUPS_OF_CHECKS = 8
 LOOKUPS_OF_PUSHES = 128
-# Most servers keep an idle connection for longer: a request on one that is just being closed would fail in vain.
-KEEP_ALIVE_SECONDS = 1.5
+# Most servers keep an idle connection for five seconds or more: on one that is just being closed a push would fail.
+KEEP_ALIVE_SECONDS = 4.0
 
 # What is not public, whatever the tables of this Python say: they differ between its versions.
 NOT_PUBLIC: tuple[Network, ...] = (

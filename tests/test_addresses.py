@@ -247,6 +247,17 @@ async def test_a_connection_is_made_to_the_address_that_was_checked(listener: Li
     assert (asked["receiver.test"], listener.connections, len(listener.requests)) == (1, 1, 3)
 
 
+async def test_each_connection_asks_anew(listener: Listener) -> None:
+    guard = Guard([parse_network("127.0.0.1")], look_up=answers(["127.0.0.1"], ["10.0.0.1"]))
+    async with aiohttp.ClientSession(connector=guard.connector("http")) as session:
+        url = f"http://receiver.test:{listener.port}/"
+        async with session.post(url, headers={"Connection": "close"}) as response:
+            assert response.status == 200
+        with pytest.raises(aiohttp.ClientConnectorDNSError):
+            await session.post(url)
+    assert listener.connections == 1
+
+
 async def test_hosts_whose_dns_hangs_hold_up_nobody_else(listener: Listener) -> None:
     release = Event()
     asked: Counter[str] = Counter()

@@ -171,6 +171,30 @@ async def test_a_publisher_that_was_cut_off_repeats_it(
     assert await stored(connection) == {"one": 1, "two": 1}
 
 
+async def test_a_publish_whose_copies_are_not_stored_has_used_no_key(broker: Broker, connection: Connection) -> None:
+    """The connection dies when the second copy is to be inserted."""
+    await subscribe(broker, "one", "two")
+    await connection.execute(
+        """
+        CREATE FUNCTION broker.dies() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_terminate_backend(pg_backend_pid())
+            WHERE NEW.queue_id = (SELECT id FROM broker.queues WHERE name = 'two');
+            RETURN NEW;
+        END
+        $$;
+        CREATE TRIGGER dies BEFORE INSERT ON broker.messages FOR EACH ROW EXECUTE FUNCTION broker.dies()
+        """
+    )
+    error = await broker.error("publish", topic="topic", body=1, idempotency_key="k")
+    assert (error["data"]["type"], error["data"]["outcome"]) == ("unavailable", "unknown")
+    assert await rows(connection, "idempotency_keys") == 0
+    assert await rows(connection, "messages") == 0
+    await connection.execute("DROP TRIGGER dies ON broker.messages")
+    answer = await publish(broker, idempotency_key="k")
+    assert (answer["duplicate"], answer["deliveries"]) == (False, 2)
+
+
 # Calls that share a statement
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -181,6 +182,47 @@ async def test_the_head_alone_decides_and_the_rest_is_read_to_a_limit(
     monkeypatch.setattr(receivers, "ANSWER_SECONDS", 0.2)
     async with receiving(behave) as receiver:
         assert await push(receiver) == (Outcome.DELIVERED, None)
+
+
+ANSWERS = (
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    b"HTTP/1.1 429 Busy\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    b"HTTP/1.0 204 No\r\nSet-Cookie: a=b; Path=/\r\n\r\n",
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\nxx",
+    b"HTTP/1.1 301 Moved\r\nLocation: //[::1]:99999/\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=\xff\r\nContent-Encoding: br\r\n\r\n\x00\x01",
+    b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+)
+ADDED = (b"\r\n", b"\r\n\r\n", b":", b"\x00", b"Content-Length: -1\r\n", b"Transfer-Encoding: gzip\r\n", b"9" * 20)
+
+
+def spoilt(chance: random.Random) -> bytes:
+    """Return an answer with some bytes changed, added or left out."""
+    answer = bytearray(chance.choice(ANSWERS))
+    for _ in range(chance.choice((1, 1, 2, 3, 8))):
+        at = chance.randrange(len(answer) + 1)
+        match chance.randrange(4):
+            case 0:
+                answer[at : at + 1] = chance.randbytes(1)
+            case 1:
+                del answer[at : at + chance.randrange(1, 10)]
+            case 2:
+                answer[at:at] = chance.choice(ANSWERS)
+            case _:
+                answer[at:at] = chance.choice(ADDED)
+    return bytes(answer)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_whatever_is_answered_has_an_outcome(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receivers, "ANSWER_SECONDS", 0.05)
+    chance = random.Random(seed)
+    async with receiving() as receiver, sending(timeout=0.3) as sender:
+        for _ in range(100):
+            receiver.behave = saying(spoilt(chance), then_close=chance.random() < 0.8)
+            answer = await sender.post(URL(receiver.url), "1", BODY, [SECRET])
+            assert answer.outcome in set(Outcome)
 
 
 async def test_a_connection_is_used_again_after_a_short_answer_and_dropped_after_a_long_one() -> None:

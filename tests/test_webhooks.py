@@ -23,6 +23,7 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from broker import draining, server, webhooks
 from broker.endpoints import Endpoint
+from broker.errors import BrokerError
 from broker.server import Server
 from broker.settings import Settings
 from broker.storage.database import Connection
@@ -419,6 +420,20 @@ async def test_a_message_that_was_refused_is_held_back_in_the_database_for_a_sec
         assert seconds_until(message["visible_at"]) <= 1.5
 
 
+async def test_after_its_last_delivery_a_message_is_a_dead_letter_at_once(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the endpoint asked to be left alone for an hour."""
+    monkeypatch.setattr(webhooks, "FIRST_PAUSE_SECONDS", LONG)
+    await broker.call("create_queue", queue="dead")
+    for number, behave in enumerate((answering(500), answering(503, Retry_After="3600"))):
+        async with receiving(behave) as receiver:
+            await subscribe(broker, receiver, topic=str(number), max_receives=1, dead_letter_queue="dead")
+            await publish(broker, 1, topic=str(number))
+            await eventually(partial(has_messages, broker, "dead", number + 1))
+            assert len(receiver.requests) == 1
+
+
 def test_pauses_double_from_a_second_to_an_hour_and_vary_by_half() -> None:
     for receive_count in range(1, 1001):
         pauses = [pause_after(receive_count) for _ in range(50)]
@@ -747,10 +762,20 @@ async def test_what_was_taken_while_the_database_was_away_is_deleted_when_it_is_
         subscription = await subscribe(broker, receiver)
         await publish(broker, 1)
         await receiver.received(1)
+        has_failed = asyncio.Event()
+        delete = broker.server.calls.delete
+
+        async def watched(held: Any) -> Any:
+            try:
+                return await delete(held)
+            except BrokerError:
+                has_failed.set()
+                raise
+
+        broker.server.calls.delete = watched
         with without_database(test_server, database_url):
             held.release.set()
-            await known(broker, lambda endpoint: endpoint.sent == 0)
-            assert broker.server.webhooks.under_way == 1, "it waits for the database"
+            await asyncio.wait_for(has_failed.wait(), NEVER)
         await emptied(broker, subscription["queue"])
         await publish(broker, 2)
         await receiver.received(2)

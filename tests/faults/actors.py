@@ -4,16 +4,19 @@
     python actors.py consume NAME URLS QUEUE SEED HISTORY LEASE_SECONDS
     python actors.py publish NAME URLS TOPIC SEED HISTORY [MESSAGES]
     python actors.py broadcast NAME URLS TOPIC SEED HISTORY
+    python actors.py receive NAME URLS QUEUE SEED HISTORY PORT
 
 It calls one of the brokers at URLS (separated by commas), goes to the next one when that fails, and repeats a call
 until it has a definite answer: producers and publishers with idempotency keys. Now and then a producer gives up what it
 was told was certainly not stored, and a consumer forgets a message, gives it back or extends its lease. A publisher of
-so many MESSAGES gives none up, takes no rest, and ends. Who broadcasts repeats it until it is complete. HISTORY gets a
-line for each event of `history.py`, written before a call is made and after its answer came. SIGTERM: it finishes what
-it has begun, and ends; who broadcasts does so once more.
+so many MESSAGES gives none up, takes no rest, and ends. Who broadcasts repeats it until it is complete. A receiver
+calls nobody: at PORT it is pushed what lies in QUEUE, and answers badly now and then. HISTORY gets a line for each
+event of `history.py`, written before a call is made and after its answer came. SIGTERM: it finishes what it has begun,
+and ends; who broadcasts does so once more.
 """
 
 import http.client
+import itertools
 import json
 import math
 import os
@@ -21,6 +24,7 @@ import random
 import signal
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +41,9 @@ MOST_MESSAGES = 10
 BROADCAST_SECONDS = 0.5
 # A published value ends with one, which is a header too, so that subscriptions can ask for it.
 COLOURS = ("red", "blue")
+# What a receiver answers, and how often; None: it closes the connection.
+ANSWERS: dict[int | None, float] = {204: 0.85, 500: 0.05, 429: 0.02, 503: 0.02, 307: 0.03, None: 0.03}
+TAKEN = 204
 
 is_ending = False
 
@@ -213,6 +220,46 @@ def consume(brokers: Brokers, queue: str, rng: random.Random, history: History, 
             delete_batch(brokers, history, kept)
 
 
+def receive(name: str, port: int, rng: random.Random, history: History) -> None:
+    pushes = itertools.count()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            push = f"{name}-{next(pushes)}"
+            history.add("pushed", push=push, value=body, message_id=self.headers["webhook-id"])
+            (status,) = rng.choices(list(ANSWERS), list(ANSWERS.values()))
+            if status is None:
+                self.close_connection = True
+                return
+            history.add("answering", push=push, is_taken=status == TAKEN)
+            self.send_response(status)
+            if status in (429, 503):
+                self.send_header("Retry-After", "1")
+            if status == 307:
+                self.send_header("Location", "http://127.0.0.1:1/")
+            if status != TAKEN:
+                self.send_header("Content-Length", "0")
+            self.end_headers()
+            history.add("answered", push=push)
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            pass  # the broker has gone meanwhile
+
+    server = Server(("127.0.0.1", port), Handler)
+    server.timeout = 0.1
+    while not is_ending:
+        server.handle_request()
+
+
 def extend(brokers: Brokers, history: History, receipt: str, seconds: float) -> None:
     history.add("extending", receipt=receipt, visibility_timeout=seconds)
     try:
@@ -259,5 +306,7 @@ if __name__ == "__main__":
         publish(name, brokers, target, rng, history, float(rest[0]) if rest else math.inf)
     elif what == "broadcast":
         broadcast(brokers, target, rng, history)
+    elif what == "receive":
+        receive(name, int(rest[0]), rng, history)
     else:
         consume(brokers, target, rng, history, float(rest[0]))

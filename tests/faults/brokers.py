@@ -19,6 +19,8 @@ from proxy import Proxy
 
 # A call that the database does not answer is given up after so many seconds.
 REQUEST_TIMEOUT = 3.0
+# They may push to receivers on this machine.
+LOOPBACK = "127.0.0.0/8"
 # What no log may have; a log that has it fails the test.
 BAD_SIGNS = ("Traceback", "deadlock", "PANIC")
 
@@ -57,7 +59,7 @@ class Broker:
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=log,
-                env=kept | {"DATABASE_URL": f"{url}&target_session_attrs=read-write"},
+                env=kept | {"DATABASE_URL": f"{url}&target_session_attrs=read-write", "BROKER_WEBHOOK_ALLOW": LOOPBACK},
             )
         await until(self._listens)
 
@@ -127,7 +129,7 @@ async def running_brokers(folder: Path, nodes: Sequence[Node], number: int, *fla
     async with contextlib.AsyncExitStack() as stack:
         brokers = []
         for name in (f"broker-{n}" for n in range(1, number + 1)):
-            proxies = [await stack.enter_async_context(Proxy(node.port)) for node in nodes]
+            proxies = [await stack.enter_async_context(Proxy(node.port, node.address)) for node in nodes]
             broker = Broker(name, folder, proxies)
             stack.push_async_callback(broker.close)
             await broker.start(*flags)

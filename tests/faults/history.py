@@ -114,8 +114,41 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
     seconds: float
 
 
+class Pushed(Event, tag="pushed", frozen=True, kw_only=True):
+    """A receiver is sent a message; `push` names this time."""
+
+    push: str
+    value: str
+    message_id: str
+
+
+class Answering(Event, tag="answering", frozen=True, kw_only=True):
+    """It begins to answer that it has taken it, or that it has not."""
+
+    push: str
+    is_taken: bool
+
+
+class Answered(Event, tag="answered", frozen=True, kw_only=True):
+    """The answer is sent."""
+
+    push: str
+
+
 AnyEvent = (
-    Attempted | Acknowledged | Refused | Delivered | Deleting | Deleted | Extending | Extended | Broadcast | Failed
+    Attempted
+    | Acknowledged
+    | Refused
+    | Delivered
+    | Deleting
+    | Deleted
+    | Extending
+    | Extended
+    | Broadcast
+    | Pushed
+    | Answering
+    | Answered
+    | Failed
 )
 
 
@@ -236,7 +269,7 @@ def check(events: Iterable[AnyEvent]) -> Verdict:
                 copies[event.value].add(event.message_id)
             case Failed():
                 verdict.failures[f"{event.method} {event.type} {event.outcome}"] += 1
-            case Broadcast():
+            case Broadcast() | Pushed() | Answering() | Answered():
                 pass
             case _:
                 _note(holds[event.receipt], event)
@@ -250,6 +283,45 @@ def check(events: Iterable[AnyEvent]) -> Verdict:
     verdict.stored_twice = sorted(value for value in ids if len(ids[value]) > 1 or len(copies[value]) > 1)
     _check_leases(verdict, holds.values())
     return verdict
+
+
+def check_pushes(events: Iterable[AnyEvent], lease_seconds: float, until: float) -> Verdict:
+    """Judge what was published and what a receiver was sent of it, after the queue has become empty.
+
+    A message that the receiver has taken, and said so, is sent again only where its broker has died before it had it
+    deleted: not before the lease has ended. `until` then: from that time on leases were made to end.
+    """
+    events = sorted(events, key=lambda event: event.at)
+    verdict = check(event for event in events if not isinstance(event, Pushed | Answering | Answered))
+    pushes = {event.push: event for event in events if isinstance(event, Pushed)}
+    taken = {event.push for event in events if isinstance(event, Answering) and event.is_taken}
+    told = {event.push for event in events if isinstance(event, Answered)} & taken
+    sent = {value for event in events if isinstance(event, Attempted) for value in event.values}
+    refused = {value for event in events if isinstance(event, Refused) for value in event.values}
+    came = {event.value for event in pushes.values()}
+    verdict.deliveries = len(pushes)
+    # What came out through no other hands was thought to be lost: it has to have been taken.
+    verdict.lost = sorted(set(verdict.lost) - {pushes[push].value for push in taken})
+    verdict.unexpected = sorted(value for value in came if value not in sent or value in refused)
+    verdict.recovered = len((came & sent) - refused) - len(came & _acknowledged(events))
+    ids: dict[str, list[Pushed]] = defaultdict(list)
+    for event in pushes.values():
+        ids[event.value].append(event)
+    for value, of_value in ids.items():
+        if len({event.message_id for event in of_value}) > 1:
+            verdict.stored_twice.append(value)
+        for earlier, later in pairwise(of_value):
+            if earlier.push in told and later.at < min(until, earlier.at + lease_seconds):
+                verdict.leased_twice.append(f"{value} {earlier.push} {later.push}")
+            elif earlier.push in taken:
+                verdict.duplicated["its broker did not have it deleted"] += 1
+            else:
+                verdict.given_back += 1
+    return verdict
+
+
+def _acknowledged(events: Iterable[AnyEvent]) -> set[str]:
+    return {value for event in events if isinstance(event, Acknowledged) for value in event.values}
 
 
 def together(verdicts: Mapping[str, Verdict]) -> Verdict:

@@ -1,4 +1,4 @@
-"""Producers, consumers, publishers and who broadcasts as processes, and the history that they leave."""
+"""Producers, consumers, publishers, receivers and who broadcasts as processes, and the history that they leave."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from pathlib import Path
 from history import AnyEvent, read
 from pair import DIES_WITH_US, PATIENCE
 
+ALL = ("produce", "publish", "broadcast", "consume", "receive")
 ACTORS = Path(__file__).with_name("actors.py")
 
 
 class Actor:
     """A process of `actors.py`."""
 
-    def __init__(self, what: str, target: str, name: str, process: subprocess.Popen[bytes], history: Path) -> None:
+    def __init__(
+        self, what: str, target: str, more: Sequence[object], name: str, process: subprocess.Popen[bytes], history: Path
+    ) -> None:
         self.what = what
         self.target = target
+        self.more = more
         self.name = name
         self.history = history
         self.process = process
@@ -57,7 +61,7 @@ class Load:
         self._actors: list[Actor] = []
 
     def start(self, what: str, target: str | None = None, *more: object) -> None:
-        """Start one more that will "produce" or "consume", or "publish" to or "broadcast" a topic."""
+        """Start one more that will "produce", "consume", "publish" to or "broadcast" a topic, or "receive" pushes."""
         target = target or self._queue
         name = f"{what}-{next(self._names)}"
         history = self._folder / f"{name}.history"
@@ -76,7 +80,11 @@ class Load:
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._actors.append(Actor(what, target, name, process, history))
+        self._actors.append(Actor(what, target, more, name, process, history))
+
+    def start_again(self, actor: Actor) -> None:
+        """Start one more like this one."""
+        self.start(actor.what, actor.target, *actor.more)
 
     def living(self, *whats: str) -> list[Actor]:
         """Return those of these kinds that have not ended."""
@@ -98,7 +106,7 @@ class Load:
 
     async def close(self) -> None:
         """Kill those that live."""
-        await asyncio.gather(*(actor.kill() for actor in self.living("produce", "publish", "broadcast", "consume")))
+        await asyncio.gather(*(actor.kill() for actor in self.living(*ALL)))
 
     def events(self, *targets: str) -> list[AnyEvent]:
         """Return what all have noted so far, or those of these queues and topics; those that were killed too."""

@@ -46,6 +46,8 @@ class Nemesis:
             "kill consumer": lambda: self._kill_actor("consume"),
             "pause producer": lambda: self._pause_actor(*SENDERS),
             "pause consumer": lambda: self._pause_actor("consume"),
+            "kill receiver": lambda: self._kill_actor("receive"),
+            "pause receiver": lambda: self._pause_actor("receive"),
             "kill primary": self._kill_primary,
             "pause primary": self._pause_primary,
             "kill standby": self._kill_standby,
@@ -87,7 +89,7 @@ class Nemesis:
     async def _kill_actor(self, *whats: str) -> str:
         actor = self._any_actor(*whats)
         await actor.kill()
-        self._load.start(actor.what, actor.target)
+        self._load.start_again(actor)
         return actor.name
 
     async def _pause_actor(self, *whats: str) -> str:

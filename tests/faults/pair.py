@@ -49,8 +49,9 @@ _SETTINGS = {
 class Node:
     """One PostgreSQL server, with the account `postgres` and no password, in `folder / name`."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, address: str = "127.0.0.1") -> None:
         self.name = name
+        self.address = address
         self.port = free_port()
         self.log = folder / f"{name}.log"
         # More settings, and environment variables of PostgreSQL alone; both count from the next start on.
@@ -62,7 +63,7 @@ class Node:
 
     @property
     def conninfo(self) -> str:
-        return f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres sslmode=disable connect_timeout=5"
+        return f"host={self.address} port={self.port} user=postgres dbname=postgres sslmode=disable connect_timeout=5"
 
     @property
     def is_running(self) -> bool:

@@ -38,8 +38,8 @@ class Cut:
 class Proxy:
     """Forwards what comes to its `port` to a server; to be used as `async with Proxy(port) as proxy`."""
 
-    def __init__(self, target_port: int) -> None:
-        self._target_port = target_port
+    def __init__(self, target_port: int, target_address: str = "127.0.0.1") -> None:
+        self._target = (target_address, target_port)
         self._delay_seconds = 0.0
         self._is_refusing = False
         self._requests_flow = asyncio.Event()
@@ -128,7 +128,7 @@ class Proxy:
         self._links[task] = link = _Link(self, client)
         try:
             await self.let_pass(is_reply=False)
-            await link.carry(self._target_port)
+            await link.carry(*self._target)
         except asyncio.CancelledError:
             pass  # at the end; a server's task that is cancelled would be reported
         finally:
@@ -162,10 +162,10 @@ class _Link:
         self._server: _End | None = None
         self._cut: Cut | None = None
 
-    async def carry(self, target_port: int) -> None:
+    async def carry(self, target_address: str, target_port: int) -> None:
         """Forward both ways until either side ends."""
         try:
-            server = self._server = _End(*await asyncio.open_connection("127.0.0.1", target_port))
+            server = self._server = _End(*await asyncio.open_connection(target_address, target_port))
         except OSError:
             return  # nobody listens there
         pumps = [asyncio.create_task(self._requests(server)), asyncio.create_task(self._replies(server))]

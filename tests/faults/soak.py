@@ -1,6 +1,7 @@
 """Random faults under load, then a drain, then the check of all that clients did and saw, for each queue.
 
-Some send to a queue, some publish to topics, of which one delivers at once and one when it is broadcast.
+Some send to a queue, some publish to topics, of which one delivers at once and one when it is broadcast. Consumers take
+from queues, and a receiver is pushed to.
 
     make soak ARGS='--seed 7 --faults 50'
     make soak ARGS='--seconds 3600'
@@ -27,9 +28,10 @@ import aiohttp
 import uvloop
 
 from brokers import Deployment, call, running_deployment
-from history import Acknowledged, Attempted, Failed, Verdict, check, together, wanted
+from history import Acknowledged, Attempted, Failed, Verdict, check, check_pushes, together, wanted
 from load import Load
 from nemesis import Nemesis
+from pair import free_port
 
 QUEUE = "default"
 LEASE_SECONDS = 4.0
@@ -42,6 +44,11 @@ TOPICS = {
     "parcels": {"parcels.all": "", "parcels.blue": "blue"},
 }
 ON_BROADCAST = "parcels"
+# A receiver subscribes to one as well, under this name. What a broker leases to push it leases for so long.
+PUSHED_TOPIC = "news"
+RECEIVER = "receiver"
+PUSH_QUEUE = f"push.{PUSHED_TOPIC}.{RECEIVER}"
+PUSH_LEASE_SECONDS = 45.0
 # Between two faults.
 QUIET_SECONDS = (0.2, 1.0)
 # The queue should be empty so long after the last fault; ten times that is given up.
@@ -50,6 +57,14 @@ DRAIN_SECONDS = LEASE_SECONDS + 5
 # is too slow for much load is allowed so many for each.
 DUPLICATED_SHARE = 0.02
 DUPLICATED_PER_FAULT = 10
+
+END_LEASES = """
+UPDATE broker.messages m
+SET visible_at = clock_timestamp() + interval '2 seconds'
+FROM broker.queues q
+WHERE q.id = m.queue_id AND q.name = %s AND m.lane > 0 AND m.visible_at > clock_timestamp() + interval '3 seconds'
+RETURNING m.id
+"""
 
 Say = Callable[[str], None]
 
@@ -101,7 +116,8 @@ async def soak(seed: int, *, faults: int | None = None, seconds: float | None = 
     began_at = time.monotonic()
     async with running_deployment() as deployment:
         load = Load(deployment.folder, deployment.urls, seed=seed, lease_seconds=LEASE_SECONDS, queue=QUEUE)
-        await _subscribe(deployment)
+        port = free_port()
+        await _subscribe(deployment, port)
         try:
             for _ in range(PRODUCERS):
                 load.start("produce")
@@ -112,13 +128,16 @@ async def soak(seed: int, *, faults: int | None = None, seconds: float | None = 
                 for queue in queues:
                     load.start("consume", queue)
             load.start("broadcast", ON_BROADCAST)
+            load.start("receive", PUSH_QUEUE, port)
             struck = await _strike(deployment, load, seed, faults=faults, seconds=seconds, say=say)
-            drain_seconds, left = await drain(deployment, load, [QUEUE, *itertools.chain(*TOPICS.values())])
+            ended_at = time.monotonic()
+            queues_ = [QUEUE, PUSH_QUEUE, *itertools.chain(*TOPICS.values())]
+            drain_seconds, left = await drain(deployment, load, queues_)
             say(f"drained in {drain_seconds:.1f} s")
         finally:
             await load.close()
         signs = deployment.bad_signs() + load.accidents()
-        verdicts = judge(load)
+        verdicts = judge(load, ended_at)
         total = together(verdicts)
         for name, kind in (("attempted", Attempted), ("acknowledged", Acknowledged)):
             values = {value for event in load.events() if isinstance(event, kind) for value in event.values}
@@ -126,8 +145,8 @@ async def soak(seed: int, *, faults: int | None = None, seconds: float | None = 
         return Outcome(seed, struck, verdicts, total, drain_seconds, left, signs, time.monotonic() - began_at)
 
 
-async def _subscribe(deployment: Deployment) -> None:
-    """Let there be topics, and queues that subscribe to them."""
+async def _subscribe(deployment: Deployment, port: int) -> None:
+    """Let there be topics, and queues and a receiver that subscribe to them."""
     async with aiohttp.ClientSession() as http:
         url = deployment.urls[0]
         for topic, queues in TOPICS.items():
@@ -137,16 +156,23 @@ async def _subscribe(deployment: Deployment) -> None:
                 await call(http, url, "create_queue", queue=queue)
                 wants = {"colour": [colour]} if colour else None
                 await call(http, url, "subscribe", topic=topic, name=queue, queue=queue, filter=wants)
+        receiver = f"http://127.0.0.1:{port}/"
+        await call(http, url, "subscribe", topic=PUSHED_TOPIC, name=RECEIVER, url=receiver, max_receives=1000)
 
 
-def judge(load: Load) -> dict[str, Verdict]:
-    """Return what the history of each queue comes to; all that failed counts to that of the first."""
+def judge(load: Load, ended_at: float) -> dict[str, Verdict]:
+    """Return what the history of each queue comes to; all that failed counts to that of the first.
+
+    The faults have ended at that time.
+    """
     failed = [event for event in load.events(*TOPICS) if isinstance(event, Failed)]
     verdicts = {QUEUE: check([*load.events(QUEUE), *failed])}
     for topic, queues in TOPICS.items():
         published = load.events(topic)
         for queue, colour in queues.items():
             verdicts[queue] = check([*wanted(published, colour), *load.events(queue)])
+    published = wanted(load.events(PUSHED_TOPIC), "")
+    verdicts[PUSH_QUEUE] = check_pushes([*published, *load.events(PUSH_QUEUE)], PUSH_LEASE_SECONDS, ended_at)
     return verdicts
 
 
@@ -173,7 +199,8 @@ async def _strike(
 async def drain(deployment: Deployment, load: Load, queues: Sequence[str] = (QUEUE,)) -> tuple[float, int]:
     """Let producers finish and consumers take all there is; return how many seconds that took, and what is left.
 
-    That is in these queues, and what topics store.
+    That is in these queues, and what topics store. A push that a broker has not noted before it was killed is tried
+    again after a long time; as nothing fails any more, it is made to end soon.
     """
     began_at = time.monotonic()
     await load.finish("produce", "publish")
@@ -185,9 +212,10 @@ async def drain(deployment: Deployment, load: Load, queues: Sequence[str] = (QUE
     left = -1
     while left and time.monotonic() - began_at < 10 * DRAIN_SECONDS:
         await asyncio.sleep(0.05)
+        await deployment.pair.primary.query(END_LEASES, [PUSH_QUEUE])
         [(left,)] = await deployment.pair.primary.query(counting, [list(queues)])
     drain_seconds = time.monotonic() - began_at
-    await load.finish("consume")
+    await load.finish("consume", "receive")
     return drain_seconds, left
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from history import (
     Acknowledged,
+    Answered,
+    Answering,
     AnyEvent,
     Attempted,
     Deleted,
@@ -19,8 +21,10 @@ from history import (
     Extended,
     Extending,
     Failed,
+    Pushed,
     Refused,
     check,
+    check_pushes,
     read,
     together,
     wanted,
@@ -165,6 +169,54 @@ def test_a_copy_too_many_and_one_of_another_message_are_found() -> None:
     for second in (copied("x", "s", at=1, copy="b"), copied("x", "s", at=99, copy="a", published_id="y")):
         verdict = check(all_of(sent("x"), copied("x", "r", at=1, copy="a"), second))
         assert verdict.violations == {"stored_twice": ["x"]}
+
+
+def pushed(value: str, push: str, *, at: float, is_taken: bool = True, is_told: bool = True) -> Iterator[AnyEvent]:
+    """A receiver is sent a message, and answers."""
+    yield Pushed(at=at, push=push, value=value, message_id=f"copy of {value}")
+    yield Answering(at=at, push=push, is_taken=is_taken)
+    if is_told:
+        yield Answered(at=at, push=push)
+
+
+@pytest.mark.parametrize(
+    ("violation", "history"),
+    [
+        ("lost", all_of(sent("x"))),
+        ("lost", all_of(sent("x"), pushed("x", "1", at=1, is_taken=False))),
+        ("unexpected", list(pushed("x", "1", at=1))),
+        ("unexpected", [Attempted(at=0, values=["x"]), Refused(at=0, values=["x"]), *pushed("x", "1", at=1)]),
+        (
+            "stored_twice",
+            all_of(
+                sent("x"),
+                pushed("x", "1", at=1, is_taken=False),
+                Pushed(at=2, push="2", value="x", message_id="y"),
+                Answering(at=2, push="2", is_taken=True),
+            ),
+        ),
+        ("leased_twice", all_of(sent("x"), pushed("x", "1", at=1), pushed("x", "2", at=0.5 + LEASE))),
+    ],
+)
+def test_a_promise_that_a_push_has_broken_is_found(violation: str, history: list[AnyEvent]) -> None:
+    assert list(check_pushes(history, LEASE, until=100).violations) == [violation]
+
+
+def test_a_push_that_is_repeated_is_explained() -> None:
+    refused = all_of(sent("x"), pushed("x", "1", at=1, is_taken=False), pushed("x", "2", at=2))
+    not_heard_of = all_of(sent("x"), pushed("x", "1", at=1, is_told=False), pushed("x", "2", at=2))
+    after_its_lease = all_of(sent("x"), pushed("x", "1", at=1), pushed("x", "2", at=1 + LEASE))
+    at_the_end = all_of(sent("x"), pushed("x", "1", at=1), pushed("x", "2", at=3))
+    for history, until, duplicated in (
+        (refused, 100, 0),
+        (not_heard_of, 100, 1),
+        (after_its_lease, 100, 1),
+        (at_the_end, 2, 1),
+    ):
+        verdict = check_pushes(history, LEASE, until)
+        assert verdict.violations == {}
+        assert (verdict.duplicated.total(), verdict.given_back) == (duplicated, 1 - duplicated)
+        assert (verdict.acknowledged, verdict.deliveries) == (1, 2)
 
 
 def test_several_queues_together_say_which_has_lost_something() -> None:

@@ -1,83 +1,96 @@
 """Three servers under Patroni and etcd: their primary dies, their primary's machine dies or hangs, etcd hangs.
 
 Patroni is installed into an environment of its own, and etcd is unpacked beside it, in a folder that goes away. Two
-brokers, which are never started again, know all three servers and find the one that takes writes. What is left out: a
-network that is parted, which needs a network namespace and packet filters.
+brokers, which are never started again, know all three servers and find the one that takes writes.
+
+Then a primary is cut off from etcd and from the other servers, while clients still reach it: in a network of its own
+(`network.py`) each server and etcd are a host, and brokers and clients are in the hub. Besides the brokers that know
+all servers one knows this primary alone, and one the next: whatever either would confirm is heard of. Clients of all of
+them write what nobody takes, each message once, and note what they are told. When the network has healed and the old
+primary follows the new one, this must have all that was acknowledged, and nothing of which nobody was told that it may
+be there; and what producers and consumers did meanwhile must fit, as before. Cut off once more, with Patroni beside it
+hung, a primary goes on while another one is made: two take writes, and still nothing may be lost. The control cuts off
+one whose commits wait for no standby: then something must be lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import json
-import os
+import itertools
 import signal
-import subprocess
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
+import psycopg
 
-from brokers import Broker, answer, call
+from brokers import Broker, answer, call, running_brokers
 from load import Load
-from packages import CannotInstall, install, unpack
-from pair import PG_BIN, Node, as_account, folder_for_servers, free_port
+from network import CannotBeMade, Network, private_network
+from packages import CannotInstall
+from pair import Node, folder_for_servers
 from parts import Options, Result, Say
+from patroni_cluster import (
+    MEMBERS,
+    PATIENCE,
+    TTL_SECONDS,
+    Cluster,
+    Member,
+    adopting_orphans,
+    fetch_programs,
+    running_cluster,
+)
 from under_load import at_work, judge
 
-PYTHON = Path("/usr/bin/python3")  # one that PostgreSQL's account may run
-PACKAGES = ("patroni[etcd3]", "psycopg[binary]")
-DEBIAN_PACKAGES = ("etcd-server",)
 KILLS = 10
 QUICK_KILLS = 3
 PROBES = "probes"
-# Patroni takes no less.
-TTL_SECONDS = 20
 DCS_OUTAGE_SECONDS = 15
-# Only catches a hang: Patroni needs half a minute for much of what it does.
-PATIENCE = 240.0
-PR_SET_CHILD_SUBREAPER = 36
+# What the old primary has told etcd of itself is forgotten by then, and the new one at work.
+CUT_SECONDS = TTL_SECONDS + 15
+# Of those that write all the time while it lasts, for each broker.
+CLIENTS_EACH = 3
+STORED_PROBES = """
+SELECT m.body #>> '{}'
+FROM broker.messages m
+JOIN broker.queues q ON q.id = m.queue_id
+WHERE q.name = %s AND starts_with(m.body #>> '{}', %s || ' ')
+"""
 # What is aimed at; a machine that does other things too is granted twice as much.
 AIMS = {
     "primary killed": 5.0,
     "machine killed": TTL_SECONDS + 5.0,
     "machine hung": TTL_SECONDS + 10.0,
     "etcd hung": 1.0,
+    "primary cut off": TTL_SECONDS + 10.0,
 }
 
 
 async def run(options: Options, say: Say) -> AsyncIterator[Result]:
-    with folder_for_servers() as folder:
+    with folder_for_servers() as programs:
         try:
-            await asyncio.to_thread(install, folder / "env", PYTHON, *PACKAGES)
-            await asyncio.to_thread(unpack, folder / "debian", *DEBIAN_PACKAGES)
+            await asyncio.to_thread(fetch_programs, programs)
         except CannotInstall as error:
             yield Result("Patroni", skipped=str(error))
             return
-        async with adopting_orphans(), running_cluster(folder) as cluster:
-            say("three servers are up, one of them a synchronous standby")
-            async with at_work(folder, cluster.members, options.seed, brokers=2) as (brokers, load):
-                async with aiohttp.ClientSession() as http:
-                    await call(http, brokers[0].url, "create_queue", queue=PROBES)
-                    async for result in faults(cluster, brokers, load, http, options, say):
-                        yield result
-                everything = Result("all of these")
-                leader = await cluster.leader()
-                await judge(everything, leader, brokers, load)
-                yield everything
-
-
-@contextlib.asynccontextmanager
-async def running_cluster(folder: Path) -> AsyncIterator[Cluster]:
-    cluster = Cluster(folder)
-    try:
-        await cluster.start()
-        yield cluster
-    finally:
-        await cluster.close()
+        async with adopting_orphans():
+            with folder_for_servers() as folder:
+                async with running_cluster(folder, programs) as cluster:
+                    say("three servers are up, one of them a synchronous standby")
+                    async with at_work(folder, cluster.members, options.seed, brokers=2) as (brokers, load):
+                        async with aiohttp.ClientSession() as http:
+                            await call(http, brokers[0].url, "create_queue", queue=PROBES)
+                            async for result in faults(cluster, brokers, load, http, options, say):
+                                yield result
+                        everything = Result("all of these")
+                        leader = await cluster.leader()
+                        await judge(everything, leader, brokers, load)
+                        yield everything
+            async for result in in_a_network_that_is_parted(programs, options, say):
+                yield result
 
 
 async def faults(
@@ -167,218 +180,209 @@ HAPPENINGS = {
 }
 
 
-class Member(Node):
-    """A PostgreSQL server that Patroni, in a process beside it, starts, watches and promotes."""
+async def in_a_network_that_is_parted(programs: Path, options: Options, say: Say) -> AsyncIterator[Result]:
+    result = Result("primary cut off")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(folder_for_servers())
+        try:
+            network = stack.enter_context(private_network())
+            hosts = [network.add_host() for _ in range(MEMBERS + 1)]
+        except CannotBeMade as error:
+            result.skipped = str(error)
+            yield result
+            return
+        async with (
+            running_cluster(folder, programs, hosts) as cluster,
+            at_work(folder, cluster.members, options.seed, brokers=2) as (brokers, load),
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
+        ):
+            say("three servers are up, each on a host of its own")
+            await call(http, brokers[0].url, "create_queue", queue=PROBES)
+            parted = Parted(cluster, network, folder, [broker.url for broker in brokers], http)
 
-    def __init__(self, folder: Path, name: str, etcd_port: int) -> None:
-        super().__init__(folder, name)
-        self.rest_port = free_port()
+            await parted.cut_off_primary(result)
+            seconds, aim = result.figures["first_acknowledged_after_seconds"], AIMS[result.case]
+            result.figures["aim"] = aim
+            result.expect(seconds <= 2 * aim + 3, f"nothing was acknowledged for {seconds:.1f} s")
+            expect_all_to_be_there(result)
+            yield result
+
+            await load.works()
+            result = Result("primary cut off, Patroni beside it hung")
+            await parted.cut_off_primary(result, is_agent_hung=True)
+            result.expect(result.figures["two_took_writes_for_seconds"], "there were never two primaries")
+            expect_all_to_be_there(result)
+            yield result
+
+            result = Result("all of these, in a network that was parted")
+            await judge(result, await cluster.leader(), brokers, load)
+            yield result
+
+            result = Result("control: cut off while no commit waits")
+            await cluster.run_asynchronously()
+            await parted.cut_off_primary(result)
+            result.expect(result.figures["written_and_lost"], "nothing was lost")
+            yield result
+
+
+def expect_all_to_be_there(result: Result) -> None:
+    result.expect(not result.figures["written_and_lost"], "what clients were told is stored is not there")
+    result.expect(not result.figures["unexpected"], "there is what nobody was told may be there")
+
+
+class Parted:
+    """A cluster in a network that can be parted, and brokers that know all of its members."""
+
+    def __init__(
+        self, cluster: Cluster, network: Network, folder: Path, urls: list[str], http: aiohttp.ClientSession
+    ) -> None:
+        self._cluster = cluster
+        self._network = network
         self._folder = folder
-        self._configuration = folder / f"{name}.yml"
-        self._configuration.write_text(json.dumps(self._settings_of_patroni(folder, etcd_port)))  # JSON is YAML
-        self._agent: subprocess.Popen[bytes] | None = None
+        self._urls = urls
+        self._http = http
 
-    def start_agent(self) -> None:
-        with (self._folder / f"{self.name}.patroni.log").open("ab") as log:
-            self._agent = subprocess.Popen(
-                [*as_account(), str(self._folder / "env/bin/patroni"), str(self._configuration)],
-                cwd=self._folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+    async def cut_off_primary(self, result: Result, *, is_agent_hung: bool = False) -> None:
+        """Cut the primary off while clients write, and heal the network; note what is on the true one afterwards."""
+        old = await self._cluster.leader()
+        async with self._broker(result, old) as here, Witness(old).at_work() as witness:
+            ledger = Ledger(self._http, result.case)
+            async with ledger.at_work([*self._urls, here.url]):
+                await ledger.hears_of_another()
+                self._network.cut_off(old.host)
+                cut_at = time.monotonic()
+                try:
+                    if is_agent_hung:
+                        old.pause_agent()
+                    new = await self._next_leader(old)
+                    led_at = time.monotonic()
+                    async with self._broker(result, new) as there, ledger.at_work([there.url]):
+                        await ledger.hears_of_another(there.url)
+                        await asyncio.sleep(max(0.0, cut_at + CUT_SECONDS - time.monotonic()))
+                finally:
+                    healed_at = time.monotonic()
+                    self._network.heal()
+                    old.resume_agent()
+                await self._cluster.is_healthy(but=old)
+                await ledger.hears_of_another(self._urls[0])
+        await ledger.compare(result, await self._cluster.leader(but=old))
+        sent = sum(each.url == here.url and each.outcome != "none" for each in ledger.told_since(cut_at))
+        first = min(each.ended_at for each in ledger.told_since(cut_at) if each.outcome == "stored")
+        result.figures |= {
+            "first_acknowledged_after_seconds": round(first - cut_at, 2),
+            "two_took_writes_for_seconds": round(max(0.0, witness.saw_writes_until(healed_at) - led_at), 2),
+            "sent_to_the_old_one": sent,
+        }
+        result.expect(witness.answers(cut_at, healed_at), "the old primary could not be reached")
+        result.expect(sent, "the old primary was sent nothing")
 
-    def kill_agent(self) -> None:
-        if self._agent is not None:
-            self._agent.kill()
-            self._agent.wait()
+    @contextlib.asynccontextmanager
+    async def _broker(self, result: Result, node: Node) -> AsyncIterator[Broker]:
+        """Yield a broker that knows only this server."""
+        folder = self._folder / f"{result.case}, {node.name}"
+        folder.mkdir()
+        async with running_brokers(folder, [node], 1) as [broker]:
+            yield broker
+            result.violations += broker.bad_signs()
+            result.expect(broker.is_running, f"the broker of {node.name} has ended")
 
-    async def kill(self) -> None:
-        postmaster = self._postmaster()
-        send([postmaster], signal.SIGSTOP)
-        while pids := set(self._pids()) - {postmaster}:
-            send(pids, signal.SIGKILL)
-            await asyncio.sleep(0.001)
-        send([postmaster], signal.SIGKILL)
+    async def _next_leader(self, old: Member) -> Member:
+        async with asyncio.timeout(PATIENCE):
+            while (leader := await self._cluster.leader(but=old)) is old:
+                await asyncio.sleep(0.1)
+        return leader
 
-    def pause(self) -> None:
-        assert self._agent is not None
-        self._agent.send_signal(signal.SIGSTOP)
-        send([self._postmaster()], signal.SIGSTOP)
-        send(self._pids(), signal.SIGSTOP)
 
-    def resume(self) -> None:
-        assert self._agent is not None
-        super().resume()
-        self._agent.send_signal(signal.SIGCONT)
+class Told(NamedTuple):
+    """What a client was told of one message: "stored", or an outcome."""
 
-    async def close(self) -> None:
-        self.kill_agent()
-        if self._pids():
-            await self.kill()
+    url: str
+    body: str
+    began_at: float
+    ended_at: float
+    outcome: str
 
-    def _postmaster(self) -> int:
-        return int((self._data / "postmaster.pid").read_text().split()[0])
 
-    def _settings_of_patroni(self, folder: Path, etcd_port: int) -> dict[str, Any]:
-        password = {"password": "none"}
-        return {
-            "scope": "wonderq",
-            "name": self.name,
-            "restapi": {"listen": f"127.0.0.1:{self.rest_port}", "connect_address": f"127.0.0.1:{self.rest_port}"},
-            "etcd3": {"host": f"127.0.0.1:{etcd_port}"},
-            "bootstrap": {
-                "dcs": {
-                    "ttl": TTL_SECONDS,
-                    "loop_wait": 1,
-                    "retry_timeout": 3,
-                    # A primary that has crashed is not started again in its place.
-                    "primary_start_timeout": 0,
-                    "synchronous_mode": True,
-                    "synchronous_mode_strict": True,
-                    "failsafe_mode": True,
-                    "postgresql": {
-                        "use_pg_rewind": True,
-                        "parameters": {
-                            "wal_log_hints": "on",
-                            "wal_keep_size": "256MB",
-                            "wal_receiver_timeout": "5s",
-                            "wal_sender_timeout": "5s",
-                            "shared_buffers": "64MB",
-                        },
-                    },
-                },
-                "initdb": [{"encoding": "UTF8"}, "data-checksums", {"locale": "C.UTF-8"}],
-            },
-            "postgresql": {
-                "listen": f"127.0.0.1:{self.port}",
-                "connect_address": f"127.0.0.1:{self.port}",
-                "data_dir": str(self._data),
-                "bin_dir": str(PG_BIN),
-                "pgpass": str(folder / f"{self.name}.pgpass"),
-                # Or a network that fails makes Patroni's own look at its server hang.
-                "use_unix_socket": True,
-                "use_unix_socket_repl": True,
-                "authentication": {
-                    "superuser": {"username": "postgres", **password},
-                    "replication": {"username": "replicator", **password},
-                    "rewind": {"username": "rewinder", **password},
-                },
-                "parameters": {"unix_socket_directories": str(folder)},
-                "pg_hba": [
-                    "host all all 127.0.0.1/32 trust",
-                    "host replication all 127.0.0.1/32 trust",
-                    "local all all trust",
-                    "local replication all trust",
-                ],
-            },
+class Ledger:
+    """Clients that write what nobody takes, each message once, and note what they are told."""
+
+    def __init__(self, http: aiohttp.ClientSession, name: str) -> None:
+        self._http = http
+        self._name = name
+        self._numbers = itertools.count()
+        self._told: list[Told] = []
+
+    @contextlib.asynccontextmanager
+    async def at_work(self, urls: list[str]) -> AsyncIterator[None]:
+        """Let clients of these brokers work until the block ends and each has its last answer."""
+        is_over = asyncio.Event()
+        tasks = [asyncio.create_task(self._write(url, is_over)) for url in urls * CLIENTS_EACH]
+        try:
+            yield
+        finally:
+            is_over.set()
+            await asyncio.gather(*tasks)
+
+    def told_since(self, at: float) -> list[Told]:
+        """Return what was told of messages that were sent later than this."""
+        return [each for each in self._told if each.began_at > at]
+
+    async def hears_of_another(self, url: str | None = None) -> None:
+        """Return when a message is acknowledged that is sent from now on, by this broker or by any."""
+        at = time.monotonic()
+        async with asyncio.timeout(PATIENCE):
+            while not any(each.outcome == "stored" and url in (None, each.url) for each in self.told_since(at)):
+                await asyncio.sleep(0.05)
+
+    async def compare(self, result: Result, node: Node) -> None:
+        """Note what a server lacks of what was acknowledged, and what it has that nobody was told may be there."""
+        found = {body for (body,) in await node.query(STORED_PROBES, [PROBES, self._name])}
+        stored, unknown = (
+            {each.body for each in self._told if each.outcome == outcome} for outcome in ("stored", "unknown")
+        )
+        result.figures |= {
+            "written": len(stored),
+            "written_and_lost": len(stored - found),
+            "unexpected": len(found - stored - unknown),
         }
 
-
-class Cluster:
-    """Three members and the etcd that decides which of them leads."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._etcd_port = free_port()
-        self.members = [Member(folder, f"p{n}", self._etcd_port) for n in (1, 2, 3)]
-        self.etcd: subprocess.Popen[bytes]
-
-    async def start(self) -> None:
-        client, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{free_port()}"
-        words = {
-            "--name": "etcd",
-            "--data-dir": str(self._folder / "etcd"),
-            "--listen-client-urls": client,
-            "--advertise-client-urls": client,
-            "--listen-peer-urls": peer,
-            "--initial-advertise-peer-urls": peer,
-            "--initial-cluster": f"etcd={peer}",
-        }
-        flags = [word for flag in words.items() for word in flag]
-        with (self._folder / "etcd.log").open("wb") as log:
-            self.etcd = subprocess.Popen(
-                [*as_account(), str(self._folder / "debian/usr/bin/etcd"), *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        for member in self.members:
-            member.start_agent()
-        await self.is_healthy()
-
-    async def is_healthy(self) -> None:
-        """Return when all members are there, one leads and one is its synchronous standby."""
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                found = await self._found()
-                roles = [one["role"] for one in found if one["state"] in ("running", "streaming")]
-                if len(roles) == len(self.members) and {"leader", "sync_standby"} <= set(roles):
-                    return
-                await asyncio.sleep(0.1)
-
-    async def leader(self) -> Member:
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                leaders = {one["name"] for one in await self._found() if one["role"] == "leader"}
-                for member in self.members:
-                    if member.name in leaders:
-                        return member
-                await asyncio.sleep(0.1)
-
-    async def close(self) -> None:
-        for member in self.members:
-            await member.close()
-        self.etcd.kill()
-        self.etcd.wait()
-
-    async def _found(self) -> list[dict[str, Any]]:
-        """Return what one of the agents says of the members."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as http:
-            for member in self.members:
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                    async with http.get(f"http://127.0.0.1:{member.rest_port}/cluster") as response:
-                        response.raise_for_status()
-                        found: list[dict[str, Any]] = (await response.json())["members"]
-                        return found
-        return []
+    async def _write(self, url: str, is_over: asyncio.Event) -> None:
+        while not is_over.is_set():
+            body, began_at = f"{self._name} {next(self._numbers)}", time.monotonic()
+            answered = await answer(self._http, url, "enqueue", queue=PROBES, body=body)
+            outcome = answered["error"]["data"]["outcome"] if "error" in answered else "stored"
+            self._told.append(Told(url, body, began_at, time.monotonic(), outcome))
+            await asyncio.sleep(0.05)
 
 
-def send(pids: Iterable[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+class Witness:
+    """Asks a server again and again, by the way that clients have to it, whether it takes writes."""
 
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._seen: list[tuple[float, bool]] = []
 
-@contextlib.asynccontextmanager
-async def adopting_orphans() -> AsyncIterator[None]:
-    """Be the parent of servers, which their agents leave, and bury them soon.
+    @contextlib.asynccontextmanager
+    async def at_work(self) -> AsyncIterator[Witness]:
+        looking = asyncio.create_task(self._look())
+        try:
+            yield self
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
 
-    Not every init does that at once, and Patroni waits until a server that has ended cannot be seen any more.
-    """
-    prctl = ctypes.CDLL(None).prctl
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    burying = asyncio.create_task(bury_servers())
-    try:
-        yield
-    finally:
-        burying.cancel()
-        bury_dead_servers()
-        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    def answers(self, since: float, until: float) -> int:
+        """Return how often it answered what it was asked in this time."""
+        return sum(since < at < until for at, _ in self._seen)
 
+    def saw_writes_until(self, until: float) -> float:
+        """Return when it was last seen to take writes, before `until`."""
+        return max(at for at, takes_writes in self._seen if takes_writes and at < until)
 
-async def bury_servers() -> None:
-    while True:
-        bury_dead_servers()
-        await asyncio.sleep(0.1)
-
-
-def bury_dead_servers() -> None:
-    """Reap what has ended, is a child of ours, and is called postgres; other children are waited for elsewhere."""
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit():
-                name, _, rest = (entry / "stat").read_text().rpartition(")")
-                state, parent = rest.split()[:2]
-                if (state, int(parent)) == ("Z", os.getpid()) and name.endswith("(postgres"):
-                    os.waitpid(int(entry.name), os.WNOHANG)
+    async def _look(self) -> None:
+        while True:
+            at = time.monotonic()
+            with contextlib.suppress(psycopg.OperationalError):
+                [(takes_writes,)] = await self._node.query("SELECT NOT pg_is_in_recovery()")
+                self._seen.append((at, takes_writes))
+            await asyncio.sleep(0.1)

@@ -28,6 +28,17 @@ OUTCOMES = "tests/test_outcomes.py::"
 WAITING = "tests/test_waiting.py::"
 LOW_WATER = "tests/test_low_water.py::"
 ISOLATION = "tests/faults/test_isolation.py::"
+ADDRESSES = "tests/test_addresses.py::"
+RECEIVERS = "tests/test_receivers.py::"
+WEBHOOKS = "tests/test_webhooks.py::"
+PUBLISHING = "tests/test_publishing.py::"
+PUBLISHING_KEYS = "tests/test_publishing_keys.py::"
+BROADCAST = "tests/test_broadcast.py::"
+SUBSCRIPTIONS = "tests/test_subscriptions.py::"
+URLS = "tests/test_url_subscriptions.py::"
+ENDED = "tests/test_ended_subscriptions.py::"
+TOPICS = "tests/test_topics.py::"
+TOPIC_ISOLATION = "tests/faults/test_topic_isolation.py"
 
 UNCONFIRMED = STANDBY + "test_a_commit_that_no_standby_has_confirmed_is_never_answered_with_a_result"
 REPEATED = STANDBY + "test_what_was_done_already_is_confirmed_only_when_the_standby_has_it"
@@ -53,6 +64,35 @@ _KEY_UPDATE = """    ON CONFLICT (queue_id, key) DO UPDATE SET (message_id, body
 _KNOWN = """        SELECT e.body_hash
         FROM broker.idempotency_keys e
 """
+
+_PUBLISH_KEY_UPDATE = """    ON CONFLICT (queue_id, key) DO UPDATE SET
+        (message_id, body_hash, first_used_at, expires_at, deliveries) = (
+            SELECT a, b, c, d, e
+            FROM (VALUES
+                (true, k.message_id, k.body_hash, k.first_used_at, k.expires_at, k.deliveries),
+                (
+                    false, excluded.message_id, excluded.body_hash, excluded.first_used_at, excluded.expires_at,
+                    excluded.deliveries
+                )
+            ) AS r (is_old, a, b, c, d, e)
+            WHERE is_old = (k.expires_at > excluded.first_used_at)
+        )
+"""
+_IN_TWO = """async def _in_two(connection: Connection, params: dict[str, Any]) -> tuple[Any, ...]:
+    keys = await fetch(connection, _PUBLISH.replace("WHERE NOT repeats", "WHERE false"), params)
+    new = [number for number, repeats in zip(keys[1] or (), keys[3] or (), strict=True) if not repeats]
+    copies = _PUBLISH.replace("WHERE NOT repeats", f"WHERE n = ANY (ARRAY{new}::bigint[])")
+    row = await fetch(connection, copies, params)
+    return (*row[:3], keys[3], *row[4:])
+
+
+"""
+_TAKEN = (
+    "        p.topic_id, p.header_values, m.id, m.enqueued_at, m.visible_at, m.expires_at, m.body_bytes, m.sender,"
+    " m.headers,\n        m.body\n"
+)
+_NOT_REFUSED = "        AND p.id <> coalesce((SELECT message_id FROM refused), 0)\n"
+_NO_TOPICS = "    SELECT id, deleted_at FROM broker.topics WHERE false\n"
 
 MUTATIONS = (
     # What is said to be done before it is safe.
@@ -373,6 +413,182 @@ MUTATIONS = (
             DEAD_LETTERS + "test_a_move_skips_what_is_being_deleted",
         ),
     ),
+    # Topics.
+    Mutation(
+        "copies are made of a duplicate too",
+        "broker/storage/publishing.py",
+        (("FROM (SELECT * FROM decided WHERE NOT repeats ORDER BY n)", "FROM (SELECT * FROM decided ORDER BY n)"),),
+        (
+            PUBLISHING_KEYS + "test_a_key_publishes_one_message",
+            PUBLISHING_KEYS + "test_a_publisher_that_was_cut_off_repeats_it",
+            TOPIC_ISOLATION,
+        ),
+    ),
+    Mutation(
+        "a publish's key DO NOTHING: whoever waits for it publishes anew",
+        "broker/storage/publishing.py",
+        ((_PUBLISH_KEY_UPDATE, "    ON CONFLICT (queue_id, key) DO NOTHING\n"),),
+        (PUBLISHING_KEYS + "test_of_two_with_one_key_the_second_waits_and_is_the_duplicate", TOPIC_ISOLATION),
+    ),
+    Mutation(
+        "the key of a publish is committed before its copies are made",
+        "broker/storage/publishing.py",
+        (
+            (
+                "await fetch(connection, _PUBLISH, _params(calls))",
+                "await _in_two(connection, _params(calls))",
+            ),
+            ("def _put_off(", _IN_TWO + "def _put_off("),
+        ),
+        (PUBLISHING_KEYS + "test_a_publish_whose_copies_are_not_stored_has_used_no_key",),
+    ),
+    Mutation(
+        "a duplicate says how many copies there would be now",
+        "broker/storage/publishing.py",
+        (("coalesce(c.deliveries, n.deliveries) AS delivered", "n.deliveries AS delivered"),),
+        (PUBLISHING_KEYS + "test_a_duplicate_says_how_many_copies_there_were_the_first_time",),
+    ),
+    Mutation(
+        "a publish to nobody is answered by a transaction that wrote nothing",
+        "broker/storage/publishing.py",
+        (("THEN pg_logical_emit_message(true, 'wonderq', '')", "THEN pg_current_wal_lsn()"),),
+        (REPEATED + "[a publish to nobody]", PUBLISHING_KEYS + "test_every_answer_is_of_a_transaction_that_wrote"),
+    ),
+    Mutation(
+        "a filter asks for any of its headers",
+        "broker/storage/publishing.py",
+        (
+            ("        OR NOT EXISTS (\n", "        OR s.filter = '{}' OR EXISTS (\n"),
+            ("WHERE NOT coalesce(f.value ?", "WHERE coalesce(f.value ?"),
+        ),
+        (
+            PUBLISHING + "test_a_message_matches_where_each_header_has_one_of_its_values",
+            SUBSCRIPTIONS + "test_a_filter_may_be_as_large_as_is_said",
+        ),
+    ),
+    Mutation(
+        "a header that is missing matches",
+        "broker/storage/publishing.py",
+        (("(i.header_values ->> f.key), false)", "(i.header_values ->> f.key), true)"),),
+        (PUBLISHING + "test_a_message_matches_where_each_header_has_one_of_its_values",),
+    ),
+    Mutation(
+        "subscriptions that have ended are still served",
+        "broker/storage/publishing.py",
+        ((" AND s.state <> 'ended'\n", "\n"),),
+        (ENDED + "test_who_has_ended_gets_no_more_copies",),
+    ),
+    Mutation(
+        "a queue that is full keeps back only its own copy",
+        "broker/storage/publishing.py",
+        (("WHERE w.n NOT IN (SELECT n FROM refused)", "WHERE w.n NOT IN (SELECT n FROM refused WHERE queue IS NULL)"),),
+        (
+            PUBLISHING + "test_a_full_queue_is_named_and_nobody_gets_the_message",
+            PUBLISHING + "test_a_queue_that_does_not_take_a_body_of_this_size_is_named_and_nobody_gets_it",
+        ),
+    ),
+    Mutation(
+        "nobody is woken by copies",
+        "broker/methods.py",
+        (("        for each in news:\n            self.waiting.tell(each)\n", ""),),
+        (
+            PUBLISHING + "test_who_waits_for_any_of_the_queues_is_woken",
+            BROADCAST + "test_who_waits_for_any_of_the_queues_is_woken",
+        ),
+    ),
+    Mutation(
+        "a broadcast keeps what it has given out",
+        "broker/storage/broadcasting.py",
+        (
+            (
+                "    DELETE FROM broker.messages m\n    USING picked p\n",
+                "    SELECT\n" + _TAKEN + "    FROM broker.messages m\n    CROSS JOIN picked p\n",
+            ),
+            ("    RETURNING\n" + _TAKEN, ""),
+        ),
+        (
+            BROADCAST + "test_what_is_published_is_stored_until_it_is_broadcast",
+            BROADCAST + "test_two_broadcasts_from_two_brokers_make_no_second_copy_and_leave_nothing",
+            TOPIC_ISOLATION,
+        ),
+    ),
+    Mutation(
+        "a broadcast goes past what a queue does not take",
+        "broker/storage/broadcasting.py",
+        (("        AND p.id < coalesce((SELECT message_id FROM refused), 9223372036854775807)\n", _NOT_REFUSED),),
+        (BROADCAST + "test_a_queue_that_does_not_take_a_message_stops_it_and_all_from_there_on_stays",),
+    ),
+    Mutation(
+        "a broadcast waits for locks",
+        "broker/storage/broadcasting.py",
+        (("    FOR UPDATE SKIP LOCKED\n", "    FOR UPDATE\n"),),
+        (BROADCAST + "test_of_two_at_once_each_message_is_taken_by_one_and_who_comes_second_knows_there_is_more",),
+    ),
+    Mutation(
+        "a broadcast gives out what has expired",
+        "broker/storage/broadcasting.py",
+        (("    AND (m.expires_at IS NULL OR m.expires_at > statement_timestamp())\n", ""),),
+        (BROADCAST + "test_what_expires_before_is_not_given_out_swept_or_not",),
+    ),
+    Mutation(
+        "a broadcast that was broken off says that it is complete",
+        "broker/storage/broadcasting.py",
+        (("complete=more == (False,))", "complete=True)"),),
+        (
+            BROADCAST + "test_a_broadcast_whose_time_is_over_says_so_and_is_repeated",
+            BROADCAST + "test_a_queue_that_does_not_take_a_message_stops_it_and_all_from_there_on_stays",
+        ),
+    ),
+    Mutation(
+        "a queue that a subscription sends to is deleted",
+        "broker/storage/queues.py",
+        (("JOIN broker.subscriptions s ON s.queue_id = q.id\n", "JOIN broker.subscriptions s ON false\n"),),
+        (SUBSCRIPTIONS + "test_a_queue_that_a_subscription_names_is_in_use", TOPIC_ISOLATION),
+    ),
+    Mutation(
+        "who subscribes locks nothing",
+        "broker/storage/subscriptions.py",
+        (("        await connection.execute(queues.LOCK_QUEUES)\n        found", "        found"),),
+        (
+            SUBSCRIPTIONS
+            + "test_a_queue_that_is_being_deleted_is_not_found_and_one_that_is_being_subscribed_is_in_use",
+            TOPIC_ISOLATION,
+        ),
+    ),
+    Mutation(
+        "the sweeper takes what somebody holds of a subscription that has ended",
+        "broker/storage/dead_letters.py",
+        (
+            (
+                "WHERE queue_id = s.queue_id AND (lane = 0 OR visible_at <= statement_timestamp())\n",
+                "WHERE queue_id = s.queue_id\n",
+            ),
+        ),
+        (ENDED + "test_what_is_held_follows_when_its_lease_ends_and_may_be_deleted_before",),
+    ),
+    Mutation(
+        "what a deleted topic stored stays for ever",
+        "broker/storage/sweeps.py",
+        (("    SELECT id, deleted_at FROM broker.topics WHERE deleted_at IS NOT NULL\n", _NO_TOPICS),),
+        (TOPICS + "test_what_a_deleted_topic_leaves_is_removed_in_bounded_batches_and_its_row_after_a_day",),
+    ),
+    Mutation(
+        "a secret that was replaced counts no more",
+        "broker/storage/subscriptions.py",
+        (("SET ends_at = now() + interval '24 hours'", "SET ends_at = now()"),),
+        (URLS + "test_a_secret_that_was_replaced_counts_for_24_hours_more",),
+    ),
+    Mutation(
+        "every broker probes",
+        "broker/storage/subscriptions.py",
+        (
+            (
+                "SET probe_at = statement_timestamp() + %(every_seconds)s",
+                "SET probe_at = s.probe_at + 0 * %(every_seconds)s",
+            ),
+        ),
+        (URLS + "test_of_two_brokers_one_probes",),
+    ),
     # What keeps a broker going.
     Mutation(
         "the breaker never opens",
@@ -415,5 +631,143 @@ MUTATIONS = (
         "broker/waiting.py",
         (("                self._to_look_at.update(self._lines)\n                next", "                next"),),
         (WAITING + "test_rows_inserted_in_sql_are_seen_within_about_a_second",),
+    ),
+    # What is pushed, to whom, and how often.
+    Mutation(
+        "push: one address that may be reached is enough",
+        "broker/addresses.py",
+        (
+            (
+                "        for address in addresses:\n            self._guard.check_address(address, self._scheme)\n",
+                "        self._guard.check_address(addresses[0], self._scheme)\n",
+            ),
+        ),
+        (ADDRESSES + "test_one_forbidden_address_among_many_is_enough",),
+    ),
+    Mutation(
+        "push: a host that is an address is not looked at when it is connected to",
+        "broker/addresses.py",
+        (("        self.check_address(str(address[0]), scheme)\n", ""),),
+        (ADDRESSES + "test_no_private_address_is_reached_in_any_notation",),
+    ),
+    Mutation(
+        "push: what was looked up before is taken for true",
+        "broker/addresses.py",
+        (("            use_dns_cache=False,\n", ""), ("keepalive_timeout=KEEP_ALIVE_SECONDS", "force_close=True")),
+        (ADDRESSES + "test_each_connection_asks_anew",),
+    ),
+    Mutation(
+        "push: redirects are followed",
+        "broker/receivers.py",
+        (("allow_redirects=False", "allow_redirects=True"),),
+        (RECEIVERS + "test_a_redirect_to_a_private_address_is_not_followed",),
+    ),
+    Mutation(
+        "push: an answer counts when its body has been read",
+        "broker/receivers.py",
+        (("        left = -1\n", "        raise\n"),),
+        (RECEIVERS + "test_the_head_alone_decides_and_the_rest_is_read_to_a_limit",),
+    ),
+    Mutation(
+        "push: the body of an answer is read to its end",
+        "broker/receivers.py",
+        (("while left >= 0 and not", "while not"), ("timeout(ANSWER_SECONDS)", "timeout(None)")),
+        (RECEIVERS + "test_a_connection_is_used_again_after_a_short_answer_and_dropped_after_a_long_one",),
+    ),
+    Mutation(
+        "push: only the newest secret signs",
+        "broker/receivers.py",
+        (("body, secrets),", "body, secrets[:1]),"),),
+        (WEBHOOKS + "test_after_a_rotation_either_secret_fits_and_after_a_day_the_new_one_alone",),
+    ),
+    Mutation(
+        "push: who is slow may have every place",
+        "broker/places.py",
+        (
+            ("if holder.places < self._free:", "if self._free:"),
+            ("if each.places < self._free)", "if self._free)"),
+        ),
+        (
+            "tests/test_places.py::test_who_takes_all_that_he_can_leaves_half_of_it",
+            WEBHOOKS + "test_endpoints_that_answer_no_more_leave_places_for_the_others",
+        ),
+    ),
+    Mutation(
+        "push: a place that was granted to somebody who has gone is lost",
+        "broker/places.py",
+        (
+            (
+                "                self.release(holder)  # it was granted, and nobody is there to use it\n",
+                "                pass\n",
+            ),
+        ),
+        (
+            "tests/test_places.py::test_no_place_is_lost_or_made_whatever_happens",
+            "tests/test_places.py::test_who_ceases_to_wait_takes_no_place_with_him_whenever_that_is",
+        ),
+    ),
+    Mutation(
+        "push: other brokers hear of no pause",
+        "broker/webhooks.py",
+        (("self._note(endpoint, lambda connection: subscriptions.pause(connection, number, seconds))", "pass"),),
+        (WEBHOOKS + "test_an_endpoint_that_asks_for_patience_is_left_alone_by_every_broker_for_so_long",),
+    ),
+    Mutation(
+        "push: an endpoint that fails is probed by whoever likes",
+        "broker/storage/subscriptions.py",
+        (
+            (
+                "SET probe_at = statement_timestamp() + %(every_seconds)s::float8 *",
+                "SET probe_at = statement_timestamp() + 0 *",
+            ),
+        ),
+        (WEBHOOKS + "test_an_endpoint_that_fails_is_probed_by_one_broker_with_one_message_until_it_takes_one",),
+    ),
+    Mutation(
+        "push: probes take the places of the others",
+        "broker/webhooks.py",
+        (("        self._probes = asyncio.Semaphore(PROBES)\n", "        self._probes = asyncio.Semaphore(10**6)\n"),),
+        (WEBHOOKS + "test_any_number_of_endpoints_that_fail_take_no_place_at_all",),
+    ),
+    Mutation(
+        "push: after its last delivery a message waits as after any other",
+        "broker/webhooks.py",
+        (("push.message.receive_count >= max_receives:", "push.message.receive_count > max_receives:"),),
+        (WEBHOOKS + "test_after_its_last_delivery_a_message_is_a_dead_letter_at_once",),
+    ),
+    Mutation(
+        "push: a delete that the database does not answer is given up",
+        "broker/webhooks.py",
+        (
+            (
+                "        deleted = await self._until_answered(lambda: self._calls.delete([lease]))\n",
+                "        deleted = await self._calls.delete([lease])\n",
+            ),
+        ),
+        (WEBHOOKS + "test_what_was_taken_while_the_database_was_away_is_deleted_when_it_is_back_and_pushed_once",),
+    ),
+    Mutation(
+        "push: a broker that stops keeps the leases of what was not answered",
+        "broker/webhooks.py",
+        (("            if not push.is_answered:\n", "            if False:\n"),),
+        (WEBHOOKS + "test_what_a_stopped_broker_had_no_answer_to_is_pushed_by_the_next_at_once",),
+    ),
+    Mutation(
+        "push: what finds no place is kept",
+        "broker/webhooks.py",
+        (("            self._give_back(endpoint.target.queue, delivery.leases[sent:])\n", "            pass\n"),),
+        (WEBHOOKS + "test_a_message_that_finds_no_place_in_time_is_given_back_uncounted",),
+    ),
+    Mutation(
+        "push: 410 is a failure like any other",
+        "broker/receivers.py",
+        (("        return Answer(Outcome.GONE)\n", "        return Answer(Outcome.REFUSED)\n"),),
+        (WEBHOOKS + "test_410_ends_the_subscription_and_what_is_left_becomes_dead_letters",),
+    ),
+    Mutation(
+        "push: consumers of the broker's own take the places of clients",
+        "broker/server.py",
+        (("partial(self.waiting.dequeue, takes_place=False)", "self.waiting.dequeue"),),
+        (WEBHOOKS + "test_consumers_of_the_broker_s_own_take_no_place_from_its_clients",),
     ),
 )
