@@ -160,6 +160,7 @@ class Server:
             document,
             is_draining=lambda: self.runner.is_draining,
             read_gauges=self._read_gauges,
+            shows_queues=lambda: not self.auth.is_required,
         )
         self.entrance = Entrance(
             settings, self.rpc, self.auth, self.metrics, self.limits, is_draining=lambda: self.runner.is_draining

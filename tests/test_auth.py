@@ -323,6 +323,14 @@ async def test_some_pages_are_free_and_metrics_are_not(world: World) -> None:
     assert await status("/metrics", Authorization=f"Bearer {await world.of_kind('none')}") == 200
 
 
+async def test_the_page_of_queues_tells_nothing_to_those_who_have_not_said_who_they_are(world: World) -> None:
+    async with world.broker.http.get(world.broker.url) as response:
+        page = await response.text()
+    assert OWN not in page
+    assert "default" not in page
+    assert "BROKER_TOKEN" in page
+
+
 async def test_only_pages_of_named_sites_may_call_from_a_browser(start_broker: StartBroker) -> None:
     broker = await start_broker(cors_origin=("https://tools.example",))
     call = {"jsonrpc": "2.0", "id": 1, "method": "enqueue", "params": {"body": 1}}
