@@ -210,7 +210,7 @@ class QueueFull(BrokerError):
 
 def forbidden_receipt(permission: str) -> Forbidden:
     """Return the error for a receipt whose queue the caller may not use: it tells nothing of the queue."""
-    reason = f"The token does not permit `{permission}` for the queue of this receipt"
+    reason = f"The token does not permit `{permission}` for the queue of this receipt; use the one that received it"
     return Forbidden(reason=reason, permission=permission)
 
 

@@ -92,7 +92,9 @@ class Permissions:
 
 def _forbid(permission: str, name: str | None) -> NoReturn:
     if permission == "admin":
-        raise Forbidden(reason="This needs a token with `admin`", permission=permission)
+        reason = "The token does not permit `admin`; use one that was made with --admin"
+        raise Forbidden(reason=reason, permission=permission)
     if name is None:
         raise forbidden_receipt(permission)
-    raise Forbidden(reason=f"The token does not permit `{permission}` for {name}", permission=permission, name=name)
+    reason = f"The token does not permit `{permission}` for {name}; use one that was made with --{permission} for it"
+    raise Forbidden(reason=reason, permission=permission, name=name)

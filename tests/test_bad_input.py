@@ -26,6 +26,8 @@ from hypothesis import strategies as st
 import broker as package
 from broker.rpc import nesting
 from broker.server import Server
+from broker.storage import tokens
+from broker.storage.tokens import Grant
 from conftest import Broker, StartBroker, server_in_a_thread
 from outside import PATIENCE, blocked_enqueues, eventually, locked, request, send, without_database
 
@@ -345,7 +347,12 @@ VALID: Json = {
     "receipts": ["x"],
     "visibility_timeout": 1,
     "message_id": "0000000000000001",
+    "topic": "news",
+    "name": "one",
+    "subscription_id": "0000000000000001",
 }
+# What a method needs besides, where the schema cannot say so.
+BESIDES = {"subscribe": ',"url":"http://127.0.0.1:9/"'}
 SAMPLES = {
     "null": ["null"],
     "boolean": ["true", "false"],
@@ -481,8 +488,9 @@ async def test_a_number_out_of_range_is_refused_and_named(standing_broker: Broke
 
 
 @each_method
-async def test_a_number_at_a_bound_is_taken(broker: Broker, method: Json) -> None:
+async def test_a_number_at_a_bound_is_taken(start_broker: StartBroker, method: Json) -> None:
     """Whatever else is wrong with such a call, it is neither its params nor a failure inside."""
+    broker = await start_broker(webhook_allow=("127.0.0.0/8",))
     for place in places(method):
         if not is_bounded_number(place.schema):
             continue
@@ -498,6 +506,7 @@ async def test_a_number_at_a_bound_is_taken(broker: Broker, method: Json) -> Non
             params = place.params(value).replace(
                 "default", f"q{random.getrandbits(60)}", method["name"] == "create_queue"
             )
+            params = params[:-1] + BESIDES.get(method["name"], "") + "}"
             _, answer = await broker.post(call(method["name"], params).encode())
             error = json.loads(answer).get("error", {"code": None})
             assert error["code"] not in (-32602, -32603), (place.path, value, error)
@@ -567,7 +576,7 @@ BAD_HEADERS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["enqueue", "enqueue_batch", "update_message"])
+@pytest.mark.parametrize("name", ["enqueue", "enqueue_batch", "update_message", "publish"])
 async def test_headers_that_are_no_strings_or_too_many_or_too_long_are_refused_and_named(
     standing_broker: Broker, name: str
 ) -> None:
@@ -902,6 +911,37 @@ async def invalid_receipt(world: World) -> Json:
     return await broker.error("delete", receipt=receipt[:-1])
 
 
+async def forbidden(world: World) -> Json:
+    broker = await world.broker(auth="required")
+    async with await psycopg.AsyncConnection.connect(world.database_url, autocommit=True) as connection:
+        token = await tokens.create(connection, "ada", Grant(send=["mail"]), None)
+    request = call("enqueue", '{"queue":"orders","body":1}').encode()
+    _, answer = await broker.post(request, Authorization=f"Bearer {token}")
+    error: Json = json.loads(answer)["error"]
+    return error
+
+
+async def topic_not_found(world: World) -> Json:
+    return await (await world.broker()).error("publish", topic="nowhere", body=1)
+
+
+async def topic_exists(world: World) -> Json:
+    broker = await world.broker()
+    await broker.call("create_topic", topic="news")
+    return await broker.error("create_topic", topic="news", delivery="on_broadcast")
+
+
+async def subscription_not_found(world: World) -> Json:
+    return await (await world.broker()).error("unsubscribe", subscription_id="00000000000000ff")
+
+
+async def subscription_exists(world: World) -> Json:
+    broker = await world.broker()
+    await broker.call("create_topic", topic="news")
+    await broker.call("subscribe", topic="news", name="one", queue="default")
+    return await broker.error("subscribe", topic="news", name="one", queue="default", filter={"a": ["b"]})
+
+
 async def queue_in_use(world: World) -> Json:
     return await (await world.broker()).error("delete_queue", queue="default")
 
@@ -943,6 +983,15 @@ ERRORS = {
     "message_leased": Expected(message_leased, True, "name the receipt", {}),
     "idempotency_conflict": Expected(idempotency_conflict, False, "a key of its own", {"key": "k"}),
     "invalid_receipt": Expected(invalid_receipt, False, "unchanged", {}),
+    "forbidden": Expected(forbidden, False, "made with --send", {"permission": "send", "name": "orders"}),
+    "topic_not_found": Expected(topic_not_found, False, "create_topic", {"topic": "nowhere"}),
+    "topic_exists": Expected(topic_exists, False, "delete it", {"topic": "news", "delivery": "immediate"}),
+    "subscription_not_found": Expected(
+        subscription_not_found, False, "list_subscriptions", {"subscription_id": "00000000000000ff"}
+    ),
+    "subscription_exists": Expected(
+        subscription_exists, False, "unsubscribe it", {"topic": "news", "name": "one", "differs": "filter"}
+    ),
     "queue_in_use": Expected(queue_in_use, False, "purge_queue", {"queue": "default"}),
     "queue_full": Expected(queue_full, True, "wait until", {"queue": "small", "limit": 2}),
 }
