@@ -21,6 +21,7 @@ PY = $(VENV)/bin/python
 # Its name says where and from what was installed; it is written last, so a half-done install leaves none. It does
 # not count where the Python went away that .venv was made with.
 INSTALLED := $(VENV)/.installed-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
+INSTALLED_RELEASE = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-release-%)
 INSTALLED_BENCH = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-bench-%)
 $(shell [ -x $(PY) ] || rm -f $(VENV)/.installed-*)
 
@@ -113,6 +114,20 @@ docs: $(INSTALLED) ## Write the generated pages of docs/ anew
 wheel: $(INSTALLED) ## Build the sdist, and from it the wheel, into dist/
 	@$(PY) -m build --no-isolation --outdir dist
 
+.PHONY: lock
+lock: $(INSTALLED_RELEASE) ## Write docker/requirements.txt: every dependency of the image, by version and hash
+	@$(VENV)/bin/pip-compile --quiet --upgrade --generate-hashes --strip-extras --allow-unsafe --no-header \
+		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file docker/requirements.txt setup.cfg
+
+.PHONY: audit
+audit: $(INSTALLED_RELEASE) ## Ask whether a weakness is known of anything that the image has
+	@$(VENV)/bin/pip-audit --strict --require-hashes --disable-pip --requirement docker/requirements.txt
+
+.PHONY: sbom
+sbom: $(INSTALLED_RELEASE) ## Write dist/wonderq.cdx.json, a list of what the image has (CycloneDX)
+	@mkdir -p dist
+	@$(VENV)/bin/cyclonedx-py requirements docker/requirements.txt --output-file dist/wonderq.cdx.json
+
 .PHONY: clean
 clean: ## Remove what was installed, built or left by tests and demos
 	@rm -rf $(VENV) .demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
@@ -125,6 +140,11 @@ $(INSTALLED):
 		"$$python" -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV), which may take a minute"
 	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev]'
+	@touch $@
+
+$(INSTALLED_RELEASE): $(INSTALLED)
+	@echo "Installing what locks and audits"
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev,release]'
 	@touch $@
 
 $(INSTALLED_BENCH): $(INSTALLED)

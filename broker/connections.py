@@ -51,6 +51,10 @@ class ConnectionLimits:
     max_lingering_bytes: int = 64 * 2**20
 
 
+# What is to be said with the answer to a request, whoever answers: set it as request[MORE_HEADERS].
+MORE_HEADERS = web.RequestKey("more_headers", dict[str, str])
+
+
 class BodyTooLarge(Exception):
     """The request's body is over the limit; send less in one request."""
 
@@ -195,7 +199,7 @@ async def send(request: web.Request, answer: web.StreamResponse) -> web.StreamRe
         await connection.write_answer(answer)
         return cast(web.StreamResponse, answer)
     response = answer.to_response()
-    connection.prepare_answer(response)
+    connection.prepare_answer(request, response)
     await response.prepare(request)
     await response.write_eof()
     return response
@@ -407,6 +411,7 @@ class Connection(RequestHandler):
             and self._discarded is None
             and not self._upgraded
             and not self._owner.is_draining
+            and MORE_HEADERS not in request
         )
 
     async def write_answer(self, answer: JsonAnswer) -> None:
@@ -436,18 +441,19 @@ class Connection(RequestHandler):
                 return self._finish_in_one_piece(request, resp)
             resp = resp.to_response()
         if isinstance(resp, web.StreamResponse) and not resp.prepared:
-            self.prepare_answer(resp)
+            self.prepare_answer(request, resp)
         if not request.content.is_eof() or (self._discarded is not None and not self._messages):
             return self._finish_and_linger(request, resp, start_time)
         return super().finish_response(request, resp, start_time)
 
-    def prepare_answer(self, response: web.StreamResponse) -> None:
-        """Say who answers, and not of which parts and versions it is made.
+    def prepare_answer(self, request: BaseRequest, response: web.StreamResponse) -> None:
+        """Say who answers, and not of which parts and versions it is made; and what else is to be said.
 
         While the server is draining, or parsing has ended, an answer is the last of its connection, unless further
         requests are here already.
         """
         response.headers.setdefault("Server", SERVER_NAME)
+        response.headers.update(request.get(MORE_HEADERS, {}))
         if (self._owner.is_draining or self._discarded is not None) and not self._messages:
             response.force_close()
 

@@ -101,6 +101,13 @@ class Overloaded(BrokerError):
     retryable = True
 
 
+class Forbidden(BrokerError):
+    """{reason}."""
+
+    code = -32003
+    type = "forbidden"
+
+
 class QueueNotFound(BrokerError):
     """There is no queue {queue}; create it with create_queue, or see list_queues."""
 
@@ -199,6 +206,12 @@ class QueueFull(BrokerError):
     code = 1014
     type = "queue_full"
     retryable = True
+
+
+def forbidden_receipt(permission: str) -> Forbidden:
+    """Return the error for a receipt whose queue the caller may not use: it tells nothing of the queue."""
+    reason = f"The token does not permit `{permission}` for the queue of this receipt"
+    return Forbidden(reason=reason, permission=permission)
 
 
 _NULL = msgspec.Raw(b"null")

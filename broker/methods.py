@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from broker import __version__
-from broker.errors import BrokerError, InvalidParams, QueueNotFound, error_object
+from broker.errors import BrokerError, InvalidParams, QueueNotFound, error_object, forbidden_receipt
 from broker.metrics import Metrics
 from broker.model import (
     Counts,
@@ -93,7 +93,9 @@ class Methods:
         ttl: float | None,
         idempotency_key: str | None,
     ) -> dict[str, Any]:
-        stored = await self._store(queue, [new_message(body, headers, sender, delay, ttl, idempotency_key)])
+        stored = await self._store(
+            queue, [new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)]
+        )
         return _enqueued(stored.ids[0], is_duplicate=bool(stored.duplicates))
 
     async def enqueue_batch(self, call: Call, queue: str, messages: Sequence[Any]) -> dict[str, Any]:
@@ -101,8 +103,9 @@ class Methods:
         for index, each in enumerate(messages):
             try:
                 where = f"messages[{index}].headers"
+                sender = sender_of(call, each.sender)
                 new.append(
-                    new_message(each.body, each.headers, each.sender, each.delay, each.ttl, each.idempotency_key, where)
+                    new_message(each.body, each.headers, sender, each.delay, each.ttl, each.idempotency_key, where)
                 )
             except InvalidParams as error:
                 raise error.with_data(index=index) from None
@@ -157,7 +160,7 @@ class Methods:
         return {"deleted": deleted}
 
     async def delete_batch(self, call: Call, receipts: Sequence[str]) -> dict[str, Any]:
-        results = await self._for_receipts(receipts, self.calls.delete)
+        results = await self._for_receipts(call, receipts, self.calls.delete)
         self.metrics.deleted.inc(sum(result is True for result in results))
         return {
             "results": [
@@ -175,7 +178,7 @@ class Methods:
     async def extend_visibility_batch(
         self, call: Call, receipts: Sequence[str], visibility_timeout: float
     ) -> dict[str, Any]:
-        results = await self._for_receipts(receipts, lambda held: self._extend(held, visibility_timeout))
+        results = await self._for_receipts(call, receipts, lambda held: self._extend(held, visibility_timeout))
         return {
             "results": [
                 {"error": error_object(result)}
@@ -193,14 +196,17 @@ class Methods:
                     self.waiting.tell(News(result.queue, visibility_timeout, 1))
         return results
 
-    async def _for_receipts(self, receipts: Sequence[str], work: Any) -> list[Any]:
-        """Do the work for those receipts that are ones; put InvalidReceipt in the place of the others."""
+    async def _for_receipts(self, call: Call, receipts: Sequence[str], work: Any) -> list[Any]:
+        """Do the work for those receipts that are ones, and that the caller may use; put errors in place of others."""
         results: list[Any] = []
         held: list[Lease] = []
         places: list[int] = []
         for place, receipt in enumerate(receipts):
             try:
-                held.append(lease_of(receipt))
+                lease = lease_of(receipt)
+                if lease.queue_id in call.barred_queues:
+                    raise forbidden_receipt("receive")
+                held.append(lease)
                 places.append(place)
                 results.append(None)
             except BrokerError as error:
@@ -226,7 +232,7 @@ class Methods:
 
     async def list_queues(self, call: Call, prefix: str, counts: bool, limit: int, after: str | None) -> dict[str, Any]:
         page, next_name = await self.database.read(
-            lambda connection: queues.list_by_name(connection, prefix, limit, after)
+            lambda connection: queues.list_by_name(connection, prefix, limit, after, like=may_manage(call))
         )
         return {"queues": await self._add_counts(page) if counts else page, "next": next_name}
 
@@ -302,7 +308,7 @@ class Methods:
         return {"deleted": deleted}
 
     async def redrive(self, call: Call, queue: str, to: str | None, max_messages: int | None) -> dict[str, Any]:
-        redriven = await dead_letters.redrive(self.database, queue, to, max_messages)
+        redriven = await dead_letters.redrive(self.database, queue, to, max_messages, like=may_manage(call))
         moved = sum(redriven.moved.values())
         self.metrics.redriven.inc(moved)
         for target, messages in redriven.moved.items():
@@ -320,7 +326,9 @@ class Methods:
 
     async def list_topics(self, call: Call, prefix: str, counts: bool, limit: int, after: str | None) -> dict[str, Any]:
         page, next_name = await self.database.read(
-            lambda connection: topics.list_by_name(connection, prefix, limit, after, counts=counts)
+            lambda connection: topics.list_by_name(
+                connection, prefix, limit, after, counts=counts, like=may_manage(call)
+            )
         )
         return {"topics": page, "next": next_name}
 
@@ -360,7 +368,7 @@ class Methods:
     async def list_subscriptions(self, call: Call, topic: str | None, limit: int, after: str | None) -> dict[str, Any]:
         after_number = _cursor_number(after)
         page, next_id = await self.database.read(
-            lambda connection: subscriptions.list_by_id(connection, topic, limit, after_number)
+            lambda connection: subscriptions.list_by_id(connection, topic, limit, after_number, like=may_manage(call))
         )
         return {"subscriptions": page, "next": next_id}
 
@@ -380,7 +388,7 @@ class Methods:
         ttl: float | None,
         idempotency_key: str | None,
     ) -> dict[str, Any]:
-        message = new_message(body, headers, sender, delay, ttl, idempotency_key)
+        message = new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)
         published = await self.calls.publish(topic, message)
         self.published(published)
         return _enqueued(published.id, is_duplicate=published.is_duplicate) | {"deliveries": published.deliveries}
@@ -424,6 +432,16 @@ class Methods:
 
     async def discover(self, call: Call) -> Mapping[str, Any]:
         return self.document
+
+
+def sender_of(call: Call, sender: str | None) -> str | None:
+    """Return who sends a message: the token's name, or who the caller says he is."""
+    return sender if call.caller is None else call.caller.name
+
+
+def may_manage(call: Call) -> list[str] | None:
+    """Return the patterns of names that a caller may manage, None where he may manage all."""
+    return None if call.caller is None else call.caller.like("manage")
 
 
 def new_message(

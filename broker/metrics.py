@@ -92,6 +92,12 @@ class Metrics:
         self.ended_leases = self._counter(
             "wonderq_leases_ended", "Leases seen to end undeleted, and not taken again before they were seen."
         )
+        self.refused_logins = Counter(
+            "wonderq_logins_refused",
+            "Requests without a token that counts: unauthorized, or throttled after many of them.",
+            ["reason"],
+            registry=self.registry,
+        )
         self.sweeps = Counter("wonderq_sweeps", "Sweeps by outcome.", ["outcome"], registry=self.registry)
         self.breaker = self._gauge(
             "wonderq_breaker_open", "Processes that send no writes, because PostgreSQL could not confirm them."

@@ -26,6 +26,11 @@ SECURITY_HEADERS = {
 # Entries of the index that are read for the metrics or the page of queues: about 10 ms.
 ENTRIES_IN_AN_OVERVIEW = 20_000
 
+ASKS_FOR_TOKEN = (
+    "<p>This broker asks for tokens: <code>wonderq call list_queues --counts true</code> shows the queues to those who"
+    " have one, in <code>BROKER_TOKEN</code>.</p>"
+)
+
 Gauges = Callable[[], None]
 
 
@@ -40,12 +45,14 @@ class Pages:
         *,
         is_draining: Callable[[], bool],
         read_gauges: Gauges,
+        shows_queues: Callable[[], bool],
     ) -> None:
         self._database = database
         self._metrics = metrics
         self._schema = msgspec.json.encode(document)
         self._is_draining = is_draining
         self._read_gauges = read_gauges
+        self._shows_queues = shows_queues
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes, for aiohttp."""
@@ -121,7 +128,13 @@ class Pages:
         return web.Response(body=self._schema, content_type="application/json")
 
     async def index(self, _request: web.Request) -> web.Response:
-        """Serve a page with the counts of the queues; it loads itself anew every five seconds."""
+        """Serve a page with the counts of the queues; it loads itself anew every five seconds.
+
+        Where a token is needed it shows none: whoever looks at it has not said who he is.
+        """
+        if not self._shows_queues():
+            text = _PAGE.format(version=html.escape(__version__), rows="", note=ASKS_FOR_TOKEN)
+            return web.Response(text=text, content_type="text/html", headers=SECURITY_HEADERS)
         try:
             page, more = await self._database.read(
                 lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)

@@ -21,22 +21,20 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from broker.server import (
-    DRAIN_SECONDS,
+from broker.server import DRAIN_SECONDS, run_to_end, serve
+from broker.settings import Settings
+from broker.sharing import BACKLOG, Scoreboard
+from broker.starting import (
     LONG_LIFE_SECONDS,
     MAX_CRASHES,
     StartError,
     Stopped,
     cannot_listen,
     migrated_database,
-    run_to_end,
-    serve,
     stop_on_signals,
     unless_stopped,
     url_of,
 )
-from broker.settings import Settings
-from broker.sharing import BACKLOG, Scoreboard
 from broker.worker import IDLE, READY, SCOREBOARD, STOP, Job
 
 log = logging.getLogger("broker.processes")
@@ -68,7 +66,7 @@ async def supervise(settings: Settings) -> None:
                 workers = [Worker(job, scoreboard) for job in jobs]
                 try:
                     await unless_stopped(stop, all_of(worker.start() for worker in workers))
-                    print(f"listening on {url_of(listeners[0].getsockname())}", flush=True)  # noqa: T201
+                    print(f"listening on {url_of(listeners[0].getsockname(), settings)}", flush=True)  # noqa: T201
                     await unless_stopped(stop, all_of(worker.keep_running() for worker in workers))
                 finally:
                     log.info("stopping")

@@ -31,9 +31,11 @@ from jsonrpcserver.sentinels import NOID
 from msgspec import Raw
 from oslash.either import Left
 
+from broker.auth import Caller
 from broker.connections import ConnectionLimits, client_has_hung_up, json_answer, read_body, send
 from broker.errors import (
     BrokerError,
+    Forbidden,
     InternalError,
     InvalidParams,
     InvalidRequest,
@@ -63,9 +65,22 @@ class Call:
 
     is_notification: bool = False
     undo: list[Callable[[], None]] = field(default_factory=list)
+    # Who calls, None where nobody needs a token, and from where.
+    caller: Caller | None = None
+    address: str = ""
+    # Of a list of receipts those whose queues the caller may not receive from.
+    barred_queues: frozenset[int] = frozenset()
 
 
 Method = Callable[..., Awaitable[Any]]
+# Raises Forbidden where the caller may not do this.
+Permit = Callable[[Call, MethodSchema, Mapping[str, Any]], Awaitable[None]]
+# Told of what somebody who administers has called, or somebody may not do, and what came of it: ok, or an error's type.
+Audit = Callable[[Call, MethodSchema, Mapping[str, Any], str], None]
+
+
+async def nobody_is_asked(call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> None:
+    """Permit everything."""
 
 
 class Watcher(Protocol):
@@ -119,19 +134,23 @@ class Rpc:
         methods: Mapping[str, Method],
         limits: ConnectionLimits,
         watcher: Watcher | None = None,
+        permit: Permit = nobody_is_asked,
+        audit: Audit = lambda call, schema, params, outcome: None,
     ) -> None:
         check_methods(schemas, methods)
         self._schemas = schemas
+        self._permit = permit
+        self._audit = audit
         self._limits = limits
         self._watcher = watcher
         self._methods = {name: _for_jsonrpcserver(method) for name, method in methods.items()}
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.Request, caller: Caller | None = None, address: str = "") -> web.StreamResponse:
         """Answer one HTTP request whose headers have been found good."""
         text = await read_body(request, self._limits)
         undo: list[Callable[[], None]] = []
         try:
-            answer = await self.answer(text, undo)
+            answer = await self.answer(text, undo, caller, address)
             if undo and client_has_hung_up(request):
                 raise ConnectionResetError
             if answer is None:
@@ -148,7 +167,9 @@ class Rpc:
             return web.Response(status=204)  # nobody reads it
         return response
 
-    async def answer(self, text: bytes, undo: list[Callable[[], None]]) -> bytes | None:
+    async def answer(
+        self, text: bytes, undo: list[Callable[[], None]], caller: Caller | None = None, address: str = ""
+    ) -> bytes | None:
         """Return the JSON-RPC answer to a request's text, None where there is nothing to answer.
 
         What has to be undone if the answer does not arrive is added to `undo`.
@@ -158,16 +179,17 @@ class Rpc:
         except BrokerError as error:
             return error_answer(error)
         if elements is None:
-            return await self._answer_one(Raw(text), undo)
-        answers = await asyncio.gather(*(self._answer_one(element, undo) for element in elements))
+            return await self._answer_one(Raw(text), Call(undo=undo, caller=caller, address=address))
+        answers = await asyncio.gather(
+            *(self._answer_one(element, Call(undo=undo, caller=caller, address=address)) for element in elements)
+        )
         given = [answer for answer in answers if answer is not None]
         return b"[" + b",".join(given) + b"]" if given else None
 
-    async def _answer_one(self, element: Raw, undo: list[Callable[[], None]]) -> bytes | None:
+    async def _answer_one(self, element: Raw, call: Call) -> bytes | None:
         began_at = time.perf_counter()
         call_id = _NULL
         name = "invalid"
-        call = Call(undo=undo)
         try:
             envelope = _envelope(element)
             call.is_notification = not bytes(envelope.id)
@@ -178,7 +200,7 @@ class Rpc:
                 raise MethodNotFound(method=method[:128])
             name = method
             kwargs = schema.read(_params(envelope))
-            result = await self._dispatch(method, kwargs, call)
+            result = await self._carry_out(call, schema, kwargs)
         except InvalidRequest as error:
             call.is_notification = False
             return self._refused(name, error, call_id, call, began_at)
@@ -189,6 +211,27 @@ class Rpc:
         if call.is_notification:
             return None
         return b'{"jsonrpc":"2.0","result":' + result + b',"id":' + bytes(call_id) + b"}"
+
+    async def _carry_out(self, call: Call, schema: MethodSchema, kwargs: dict[str, Any]) -> bytes:
+        """Return the result of a method, if the caller may call it now, and let it be told of those who administer."""
+        outcome = "failed"
+        caller = call.caller
+        if caller is not None:
+            caller.begin()
+        try:
+            if caller is not None:
+                await self._permit(call, schema, kwargs)
+            result = await self._dispatch(schema.name, kwargs, call)
+            outcome = "ok"
+            return result
+        except BrokerError as error:
+            outcome = error.type
+            raise
+        finally:
+            if caller is not None:
+                caller.end()
+            if schema.is_administrative or outcome == Forbidden.type:
+                self._audit(call, schema, kwargs, outcome)
 
     def _refused(self, name: str, error: BrokerError, call_id: Raw, call: Call, began_at: float) -> bytes | None:
         if self._watcher is not None:

@@ -26,6 +26,7 @@ Schema = Mapping[str, Any]
 
 NO_PARAMS = Raw(b"{}")
 GIVEN_SHOWN = 100
+PERMISSIONS = ("send", "receive", "manage", "admin", "free")
 _REF = "#/components/schemas/"
 _MISSING = Raw(b"")
 
@@ -48,10 +49,19 @@ class MethodSchema:
     name: str
     params: Mapping[str, Schema]
     required: frozenset[str]
+    # A verb, admin or free; the params that name what it is needed for; and what is needed where they are all null,
+    # None where then nothing is.
     permission: str
+    permission_on: tuple[str, ...]
+    permission_null: str | None
     is_read_only: bool
     decoder: msgspec.json.Decoder[Any]
     components: Mapping[str, Schema]
+
+    @property
+    def is_administrative(self) -> bool:
+        """Whether it changes what is there for others, which is written down."""
+        return self.permission in ("manage", "admin") and not self.is_read_only
 
     def read(self, params: Raw) -> dict[str, Any]:
         """Return the params by name, defaults filled in; UNSET for one that is not given and has none.
@@ -141,11 +151,25 @@ def _compile(method: Schema, components: Mapping[str, Schema]) -> MethodSchema:
         name=method["name"],
         params=params,
         required=required,
-        permission=method["x-permission"],
+        permission=_permission(method),
+        permission_on=tuple(method.get("x-permission-on", ())),
+        # Where it is not said what it is for, it is not for everybody.
+        permission_null=method.get("x-permission-null", None if "x-permission-on" in method else "admin"),
         is_read_only=method.get("x-read-only", False),
         decoder=msgspec.json.Decoder(struct),
         components=components,
     )
+
+
+def _permission(method: Schema) -> str:
+    """Return what a method needs. Raises SchemaError where that is not said, or is nothing that can be granted."""
+    name, permission = method["name"], method.get("x-permission")
+    if permission not in PERMISSIONS:
+        raise SchemaError(f"{name}: x-permission must be one of {', '.join(PERMISSIONS)}, not {permission}")
+    unknown = set(method.get("x-permission-on", ())) - {param["name"] for param in method["params"]}
+    if unknown:
+        raise SchemaError(f"{name}: {unknown.pop()} in x-permission-on is no param")
+    return str(permission)
 
 
 def _struct(

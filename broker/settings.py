@@ -7,6 +7,7 @@ the server: there is no file to look for at three in the morning.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_network
@@ -47,6 +48,14 @@ def parse_networks(text: str) -> tuple[str, ...]:
         except ValueError:
             raise ValueError("it is no network, such as 10.0.0.0/8 or fd00::/8") from None
     return tuple(networks)
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    """Read a list of origins as browsers send them: scheme, host, and a port where it is not the usual one."""
+    origins = parse_list(text)
+    if not all(re.fullmatch(r"https?://[a-z0-9.:\[\]-]+", origin) for origin in origins):
+        raise ValueError("an origin is as https://tools.example, in small letters and without a path")
+    return origins
 
 
 def parse_switch(text: str) -> bool:
@@ -122,7 +131,7 @@ class Settings:
         "127.0.0.1",
         flag="--host",
         variable="BROKER_HOST",
-        help="The address to listen on. Anything but loopback needs --auth off, said aloud.",
+        help="The address to listen on. Anything but loopback needs tokens, or --auth off, said aloud.",
     )
     port: int = setting(
         8080,
@@ -137,9 +146,66 @@ class Settings:
         "auto",
         flag="--auth",
         variable="BROKER_AUTH",
-        choices=("auto", "off"),
-        help="`auto`: whoever reaches the port may do everything, so only loopback is listened on."
-        " `off`: the same on any address, with a warning.",
+        choices=("auto", "required", "off"),
+        help="Who may call. `auto`: everybody until the first token is made, and from then on for good only who has"
+        " one. `required`: only who has a token. `off`: everybody, on any address, with a warning.",
+    )
+    max_failed_logins: int = setting(
+        30,
+        flag="--max-failed-logins",
+        variable="BROKER_MAX_FAILED_LOGINS",
+        parse=int,
+        minimum=1,
+        maximum=1_000_000,
+        help="Requests without a token that counts, from one address in a minute and to each process; more are answered"
+        " 429. Who shows a token that counts is let in all the same.",
+    )
+    max_calls_per_token: int = setting(
+        1_000,
+        flag="--max-calls-per-token",
+        variable="BROKER_MAX_CALLS_PER_TOKEN",
+        parse=int,
+        minimum=1,
+        maximum=1_000_000,
+        help="Calls in flight at one time for one token, in each process, those that wait for messages too; one more is"
+        " `overloaded`.",
+    )
+    max_call_rate_per_token: float = setting(
+        10_000.0,
+        flag="--max-call-rate-per-token",
+        variable="BROKER_MAX_CALL_RATE_PER_TOKEN",
+        parse=float,
+        unit="calls a second",
+        minimum=1,
+        maximum=1_000_000,
+        shown_default="10000",
+        help="Calls a second for one token, in each process, those of a batch one by one; more are `overloaded`.",
+    )
+    trusted_proxy: tuple[str, ...] = setting(
+        (),
+        flag="--trusted-proxy",
+        variable="BROKER_TRUSTED_PROXY",
+        parse=parse_networks,
+        repeatable=True,
+        shown_default="none",
+        help="A network, as `10.0.0.0/8`, of proxies whose X-Forwarded-For is believed.",
+    )
+    tls_certificate: Path | None = setting(
+        None,
+        flag="--tls-certificate",
+        variable="BROKER_TLS_CERTIFICATE",
+        parse=Path,
+        shown_default="none: no TLS",
+        help="A file in PEM form with the server's certificate, and those between it and its root: https is spoken"
+        " then, by TLS 1.2 and later.",
+    )
+    tls_key: Path | None = setting(
+        None,
+        flag="--tls-key",
+        variable="BROKER_TLS_KEY",
+        parse=Path,
+        shown_default="none",
+        help="A file with the key of that certificate, in PEM form, without a passphrase.",
     )
     allowed_host: tuple[str, ...] = setting(
         (),
@@ -150,6 +216,15 @@ class Settings:
         shown_default="none",
         help="One more name that the Host header may carry while bound to loopback (localhost,"
         " 127.0.0.1 and [::1] always may). Guards against DNS rebinding.",
+    )
+    cors_origin: tuple[str, ...] = setting(
+        (),
+        flag="--cors-origin",
+        variable="BROKER_CORS_ORIGIN",
+        parse=parse_origins,
+        repeatable=True,
+        shown_default="none",
+        help="A site, as `https://tools.example`, whose pages may call the broker from a browser.",
     )
     processes: int = setting(
         1,

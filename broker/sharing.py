@@ -15,6 +15,7 @@ import asyncio
 import logging
 import mmap
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import cast
 
 from aiohttp import web
+
+from broker.tls import HANDSHAKE_SECONDS
 
 log = logging.getLogger("broker.sharing")
 
@@ -70,8 +73,10 @@ class SharedSite(web.BaseSite):
 
     __slots__ = ("_listener", "_share")
 
-    def __init__(self, runner: web.AppRunner, listener: socket.socket, share: Share) -> None:
-        super().__init__(runner)
+    def __init__(
+        self, runner: web.AppRunner, listener: socket.socket, share: Share, tls: ssl.SSLContext | None = None
+    ) -> None:
+        super().__init__(runner, ssl_context=tls)
         self._listener = listener
         self._share = share
 
@@ -84,15 +89,18 @@ class SharedSite(web.BaseSite):
         """Begin to accept."""
         await super().start()
         assert self._runner.server is not None
-        acceptor = Acceptor(self._runner.server, self._listener, self._share)
+        acceptor = Acceptor(self._runner.server, self._listener, self._share, self._ssl_context)
         self._server = cast(asyncio.AbstractServer, acceptor)  # As much of one as is used.
 
 
 class Acceptor:
     """Accepts connections, one at a time, and as many as the other workers do."""
 
-    def __init__(self, server: web.Server, listener: socket.socket, share: Share) -> None:
+    def __init__(
+        self, server: web.Server, listener: socket.socket, share: Share, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._tls = tls
         self._server = server
         self._listener = listener
         self._share = share
@@ -151,7 +159,9 @@ class Acceptor:
 
     async def _serve(self, client: socket.socket) -> None:
         with suppress(OSError):  # It has gone again.
-            await self._loop.connect_accepted_socket(self._server, client)
+            await self._loop.connect_accepted_socket(
+                self._server, client, ssl=self._tls, ssl_handshake_timeout=HANDSHAKE_SECONDS if self._tls else None
+            )
 
     def _say_how_many(self) -> int:
         connections = len(self._server.connections) + len(self._arriving)

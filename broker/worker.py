@@ -30,9 +30,10 @@ import msgspec
 from broker.errors import BrokerError
 from broker.logs import configure_logs
 from broker.metrics import share_metrics
-from broker.server import Server, StartError, Stopped, collect_less_garbage, run_to_end, unless_stopped
+from broker.server import Server, collect_less_garbage, run_to_end
 from broker.settings import Settings
 from broker.sharing import Scoreboard, Share
+from broker.starting import StartError, Stopped, unless_stopped
 
 log = logging.getLogger("broker.worker")
 

@@ -40,8 +40,11 @@ async def call(broker: Broker, method: str, *words: str) -> Any:
 
 
 async def test_every_method_can_be_called(start_broker: StartBroker) -> None:
+    await one_life_by_every_method(await start_broker(webhook_allow=("127.0.0.0/8",)))
+
+
+async def one_life_by_every_method(broker: Broker) -> None:
     """One life of queues, topics and messages, by every method that the schema has."""
-    broker = await start_broker(webhook_allow=("127.0.0.0/8",))
     called: set[str] = set()
 
     async def do(method: str, *words: str) -> Any:
@@ -199,8 +202,18 @@ VALUES: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "data_dir": (("/a", Path("/a")), ("b", Path("b"))),
     "host": (("0.0.0.0", "0.0.0.0"), ("::1", "::1")),
     "port": (("0", 0), ("65535", 65535)),
-    "auth": (("off", "off"), ("auto", "auto")),
+    "auth": (("off", "off"), ("required", "required")),
+    "max_failed_logins": (("1", 1), ("1000000", 1_000_000)),
+    "max_calls_per_token": (("1", 1), ("1000000", 1_000_000)),
+    "max_call_rate_per_token": (("1", 1.0), ("1000000", 1_000_000.0)),
+    "trusted_proxy": (("10.0.0.0/8", ("10.0.0.0/8",)), ("::1, 10.0.0.1", ("::1/128", "10.0.0.1/32"))),
+    "tls_certificate": (("/a.pem", Path("/a.pem")), ("b.pem", Path("b.pem"))),
+    "tls_key": (("/a.pem", Path("/a.pem")), ("b.pem", Path("b.pem"))),
     "allowed_host": (("a.example", ("a.example",)), ("b, c", ("b", "c"))),
+    "cors_origin": (
+        ("https://a.example", ("https://a.example",)),
+        ("http://b:1, http://c", ("http://b:1", "http://c")),
+    ),
     "processes": (("2", 2), ("64", 64)),
     "sweep_interval": (("0.01", 0.01), ("3600", 3600.0)),
     "request_timeout": (("0.1", 0.1), ("600", 600.0)),

@@ -8,17 +8,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import aiohttp
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from broker.model import NewMessage
+from broker.server import Server
+from broker.settings import Settings
 from broker.storage import leases, queues, storing, sweeps
 from broker.storage.migrate import MIGRATION_LOCK, MigrationError, available_migrations, migrate, newest_applied
 from broker.storage.sessions import configure
 from broker.storage.storing import EnqueueCall
-from conftest import dequeue
+from conftest import PATIENCE, Broker, dequeue
+from test_cli import one_life_by_every_method
 
 _names = (f"wonderq_test_migrate_{os.getpid()}_{n}" for n in itertools.count())
 
@@ -136,3 +140,72 @@ async def test_an_ordinary_role_that_owns_the_database_is_enough(test_server: st
     finally:
         with psycopg.connect(test_server, autocommit=True) as admin:
             admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
+@pytest.fixture
+def runtime(test_server: str) -> Iterator[tuple[str, str]]:
+    """The URLs of one database: of its owner, and of the role that `migrate` has made for brokers."""
+    role = next(_names)
+    try:
+        with database(test_server, "ENCODING 'UTF8'") as url:
+            asyncio.run(migrate(url, runtime_role=role))
+            with psycopg.connect(url, autocommit=True) as owner:
+                owner.execute(sql.SQL("ALTER ROLE {} PASSWORD 'secret'").format(sql.Identifier(role)))
+            yield url, make_conninfo(url, user=role, password="secret")
+    finally:
+        with psycopg.connect(test_server, autocommit=True) as admin:
+            admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+def test_the_runtime_role_may_not_change_the_schema_nor_make_tokens(runtime: tuple[str, str]) -> None:
+    owner_url, url = runtime
+    asyncio.run(migrate(owner_url, runtime_role=str(conninfo_to_dict(url)["user"])))  # once more changes nothing
+    for statement in (
+        "CREATE TABLE broker.more ()",
+        "CREATE TABLE public.more ()",
+        "ALTER TABLE broker.messages ADD COLUMN more int",
+        "DROP TABLE broker.messages",
+        "TRUNCATE broker.messages",
+        "DELETE FROM broker.migrations",
+        "INSERT INTO broker.tokens (id, name, secret_hash) VALUES ('a', 'a', sha256('a'))",
+        "UPDATE broker.tokens SET admin = true",
+        "CREATE ROLE more",
+        "SET ROLE postgres",
+    ):
+        with psycopg.connect(url) as connection, pytest.raises(psycopg.Error) as refused:
+            connection.execute(statement.encode())
+        assert refused.value.sqlstate in ("42501", "22023"), statement
+    with psycopg.connect(url) as connection:
+        row = connection.execute(
+            "SELECT rolsuper, rolcreaterole, rolcreatedb FROM pg_roles WHERE rolname = user"
+        ).fetchone()
+        assert row == (False, False, False)
+
+
+async def test_a_broker_of_the_runtime_role_serves_every_method(runtime: tuple[str, str]) -> None:
+    _, url = runtime
+    chosen = Settings(host="127.0.0.1", port=0, sweep_interval=0.05, webhook_allow=("127.0.0.0/8",))
+    assert await migrate(url) == [], "nothing is missing, so nothing is needed"
+    async with Server(url, chosen) as server, aiohttp.ClientSession() as http:
+        broker = Broker(server.url, server, http)
+        await one_life_by_every_method(broker)
+        await broker.call("enqueue", body=1, ttl=0.01)
+        await broker.call("enqueue", body=1, idempotency_key="k")
+        await broker.call("create_queue", queue="gone")
+        await broker.call("enqueue", queue="gone", body=1)
+        await broker.call("delete_queue", queue="gone")
+        async with asyncio.timeout(PATIENCE):
+            while b"wonderq_messages_expired_total 1.0" not in server.metrics.text():
+                await asyncio.sleep(0.05)
+        assert b'outcome="failed"' not in server.metrics.text()
+        assert (await broker.call("count_messages"))["exact"]
+
+
+async def test_a_database_that_is_not_migrated_is_named_to_the_runtime_role(
+    runtime: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = runtime
+    newer = [*available_migrations(), (999, "999_of_tomorrow", "CREATE TABLE broker.tomorrow ()")]
+    monkeypatch.setattr("broker.storage.migrate.available_migrations", lambda: newer)
+    with pytest.raises(MigrationError, match="wonderq migrate"):
+        await migrate(url)

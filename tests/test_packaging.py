@@ -7,6 +7,7 @@ exchanged. What this cannot see: the base image, the account, the limits, the ne
 
 from __future__ import annotations
 
+import configparser
 import fnmatch
 import json
 import os
@@ -30,6 +31,8 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from broker import __version__
 from broker.settings import settings_table
@@ -250,8 +253,10 @@ def is_sent(path: str) -> bool:
     sent = True
     for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines():
         pattern = line.removeprefix("!")
-        # Of the forms that a pattern may have these two are in use: a name at the top, and one at any depth.
+        # Of the forms that a pattern may have these are in use: a name at the top, one at any depth, and a whole path.
         names = path.split("/") if pattern.startswith("**/") else path.split("/")[:1]
+        if "/" in pattern and not pattern.startswith("**/"):
+            names = [path]
         if line[:1] not in ("", "#") and fnmatch.filter(names, pattern.removeprefix("**/")):
             sent = line.startswith("!")
     return sent
@@ -430,3 +435,16 @@ def wait_until_empty(url: str) -> None:
     while call(url, "count_messages")["total"]:
         assert time.monotonic() < give_up_at
         time.sleep(0.1)
+
+
+def test_what_the_image_is_locked_to_is_what_the_package_asks_for() -> None:
+    locked = dict(
+        re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", (DOCKER / "requirements.txt").read_text("utf-8"), re.MULTILINE)
+    )
+    configuration = configparser.ConfigParser()
+    configuration.read(ROOT / "setup.cfg")
+    asked = [line for line in configuration["options"]["install_requires"].splitlines() if line and line[0] != "#"]
+    for line in asked:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), f"make lock: {line}"
+    assert {"psycopg-binary", "psycopg-pool"} <= locked.keys()

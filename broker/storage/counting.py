@@ -277,11 +277,10 @@ LEFT JOIN in_all a ON true
 
 # How many lanes there are (where negative: for each message), the commonest, and which share of all messages each of
 # these has. Statistics of the index, whose first column is a number that no other knows. Of what is not to be had,
-# because the table was never analysed or belongs to another role, there is no row.
+# because the table was never analysed, there is no row.
 _SHARES = """
-SELECT s.n_distinct, s.most_common_vals::text::bigint[], s.most_common_freqs
-FROM pg_stats s
-WHERE s.schemaname = 'broker' AND s.tablename = 'message_by_queue_lane_and_visible_at' AND s.attname = 'expr'
+SELECT lanes, commonest, shares
+FROM broker.lane_shares()
 """
 
 

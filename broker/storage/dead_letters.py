@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -252,6 +252,7 @@ _REDRIVEN = """
         FROM broker.queues q
         WHERE q.name = coalesce(%(to)s::text, m.dead_letter ->> 'source_queue') AND q.deleted_at IS NULL
             AND q.id <> m.queue_id
+            AND (%(like)s::text[] IS NULL OR q.name LIKE ANY (%(like)s::text[]))
     ) AS t
     WHERE m.queue_id = %(queue_id)s::int AND m.id > %(after)s::bigint AND m.id <= %(newest)s::bigint
         AND m.dead_letter IS NOT NULL
@@ -303,11 +304,14 @@ class Redriven:
     complete: bool
 
 
-async def redrive(database: Database, queue: str, to: str | None, max_messages: int | None) -> Redriven:
+async def redrive(
+    database: Database, queue: str, to: str | None, max_messages: int | None, *, like: Sequence[str] | None = None
+) -> Redriven:
     """Move the dead letters of a queue to another one (None: each to where it came from), oldest first.
 
-    Those that somebody holds stay, and those whose queue is no more. Works in transactions of 1,000 until it is done,
-    has moved `max_messages`, or its time is over. Raises QueueNotFound, and InvalidParams where `to` is the queue.
+    Only to queues that are `like` one of these patterns of LIKE, where there are any. Those that somebody holds stay,
+    and those whose queue is no more. Works in transactions of 1,000 until it is done, has moved `max_messages`, or its
+    time is over. Raises QueueNotFound, and InvalidParams where `to` is the queue.
     """
     if to == queue:
         raise InvalidParams(reason="`to` must be another queue than `queue`.", param="to", given=to)
@@ -327,7 +331,7 @@ async def redrive(database: Database, queue: str, to: str | None, max_messages: 
         batch = REDRIVE_BATCH if max_messages is None else min(REDRIVE_BATCH, max_messages - moved.total())
         if not batch:
             break
-        work = partial(redrive_batch, queue_id=queue_id, to=to, batch=batch, after=after, newest=newest)
+        work = partial(redrive_batch, queue_id=queue_id, to=to, batch=batch, after=after, newest=newest, like=like)
         try:
             batch_moved, after = await database.write(work, timeout=time_left(deadline))
         except BrokerError as error:
@@ -338,7 +342,13 @@ async def redrive(database: Database, queue: str, to: str | None, max_messages: 
         if not batch_moved:
             break
         moved.update(batch_moved)
-    params = {"queue_id": queue_id, "to": to, "after": -1, "newest": newest}  # from -1: what was locked for a moment
+    params = {
+        "queue_id": queue_id,
+        "to": to,
+        "after": -1,
+        "newest": newest,
+        "like": like,
+    }  # from -1: what was locked for a moment
     try:
         more = await database.read(
             lambda connection: _first_row(connection, _HAS_MORE, params), timeout=time_left(deadline)
@@ -351,10 +361,16 @@ async def redrive(database: Database, queue: str, to: str | None, max_messages: 
 
 
 async def redrive_batch(
-    connection: Connection, queue_id: int, to: str | None, batch: int, after: int = -1, newest: int = 2**63 - 1
+    connection: Connection,
+    queue_id: int,
+    to: str | None,
+    batch: int,
+    after: int = -1,
+    newest: int = 2**63 - 1,
+    like: Sequence[str] | None = None,
 ) -> tuple[Counter[str], int]:
     """Move up to `batch` dead letters; return how many, by the queue that they are in now, and the last one's id."""
-    params = {"queue_id": queue_id, "to": to, "batch": batch, "after": after, "newest": newest}
+    params = {"queue_id": queue_id, "to": to, "batch": batch, "after": after, "newest": newest, "like": like}
     rows = await (await connection.execute(_REDRIVE, params)).fetchall()
     moved = Counter({target: messages for target, messages, _ in rows})
     return moved, max((last for *_, last in rows), default=after)

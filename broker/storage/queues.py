@@ -225,19 +225,34 @@ WHERE q.deleted_at IS NULL
     AND q.name > %(after)s
     AND starts_with(q.name, %(prefix)s)
     AND q.name >= %(prefix)s
+    AND (%(like)s::text[] IS NULL OR q.name LIKE ANY (%(like)s::text[]))
 ORDER BY q.name
 LIMIT %(limit)s
 """
 
 
 async def list_by_name(
-    connection: Connection, prefix: str, limit: int, after: str | None
+    connection: Connection, prefix: str, limit: int, after: str | None, *, like: Sequence[str] | None = None
 ) -> tuple[list[Queue], str | None]:
-    """Return a page of queues, and the name to continue after, None on the last page."""
-    cursor = await connection.execute(_LIST, {"prefix": prefix, "limit": limit + 1, "after": after or ""})
+    """Return a page of queues, and the name to continue after, None on the last page.
+
+    Only those that are `like` one of these patterns of LIKE, where there are any.
+    """
+    params = {"prefix": prefix, "limit": limit + 1, "after": after or "", "like": like}
+    cursor = await connection.execute(_LIST, params)
     queues = [_queue(row) for row in await cursor.fetchall()]
     page = queues[:limit]
     return page, page[-1].queue if len(queues) > limit else None
+
+
+_NAMES = """
+SELECT id, name FROM broker.queues WHERE id = ANY (%(ids)s::int[])
+"""
+
+
+async def names_of(connection: Connection, ids: Sequence[int]) -> dict[int, str]:
+    """Return the names of queues, also of those that were deleted and are not forgotten yet."""
+    return dict(await (await connection.execute(_NAMES, {"ids": ids})).fetchall())
 
 
 _NEWEST_MESSAGE = """

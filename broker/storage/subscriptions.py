@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from psycopg.types.json import Jsonb
@@ -160,17 +160,18 @@ _LIST = f"""
 SELECT {_SHOWN}
 {_FROM}
 WHERE s.id > %(after)s AND (%(topic_id)s::int IS NULL OR s.topic_id = %(topic_id)s::int)
+    AND (%(like)s::text[] IS NULL OR t.name LIKE ANY (%(like)s::text[]))
 ORDER BY s.id
 LIMIT %(limit)s
 """
 
 
 async def list_by_id(
-    connection: Connection, topic: str | None, limit: int, after: int
+    connection: Connection, topic: str | None, limit: int, after: int, *, like: Sequence[str] | None = None
 ) -> tuple[list[Subscription], str | None]:
     """Return a page of subscriptions, of all topics where none is named, and the id to continue after, None at the end.
 
-    Raises TopicNotFound.
+    Only of topics that are `like` one of these patterns of LIKE, where there are any. Raises TopicNotFound.
     """
     topic_id = None
     if topic is not None:
@@ -178,10 +179,24 @@ async def list_by_id(
         if found is None:
             raise TopicNotFound(topic=topic)
         topic_id = found[0]
-    cursor = await connection.execute(_LIST, {"topic_id": topic_id, "limit": limit + 1, "after": after})
+    params = {"topic_id": topic_id, "limit": limit + 1, "after": after, "like": like}
+    cursor = await connection.execute(_LIST, params)
     listed = [_subscription(row) for row in await cursor.fetchall()]
     page = listed[:limit]
     return page, page[-1].subscription_id if len(listed) > limit else None
+
+
+_TOPIC_OF = f"""
+SELECT t.name
+{_FROM}
+WHERE s.id = %(id)s
+"""
+
+
+async def topic_of(connection: Connection, subscription_id: str) -> str | None:
+    """Return the topic of a subscription, None where there is no such subscription."""
+    row = await _first_row(connection, _TOPIC_OF, id=message_number_of(subscription_id))
+    return None if row is None else str(row[0])
 
 
 _UNSUBSCRIBE = """

@@ -7,6 +7,7 @@ the queues: what a topic stores, and its idempotency keys, are told from theirs 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from broker.errors import BrokerError, TopicExists, TopicNotFound
@@ -80,16 +81,26 @@ WHERE t.deleted_at IS NULL
     AND t.name > %(after)s
     AND starts_with(t.name, %(prefix)s)
     AND t.name >= %(prefix)s
+    AND (%(like)s::text[] IS NULL OR t.name LIKE ANY (%(like)s::text[]))
 ORDER BY t.name
 LIMIT %(limit)s
 """
 
 
 async def list_by_name(
-    connection: Connection, prefix: str, limit: int, after: str | None, *, counts: bool
+    connection: Connection,
+    prefix: str,
+    limit: int,
+    after: str | None,
+    *,
+    counts: bool,
+    like: Sequence[str] | None = None,
 ) -> tuple[list[Topic], str | None]:
-    """Return a page of topics, and the name to continue after, None on the last page."""
-    params = {"prefix": prefix, "limit": limit + 1, "after": after or "", "counts": counts}
+    """Return a page of topics, and the name to continue after, None on the last page.
+
+    Only those that are `like` one of these patterns of LIKE, where there are any.
+    """
+    params = {"prefix": prefix, "limit": limit + 1, "after": after or "", "counts": counts, "like": like}
     found = []
     for *shown, subscribed, messages in await (await connection.execute(_LIST, params)).fetchall():
         topic = _topic(tuple(shown))

@@ -49,6 +49,8 @@ class Shown(msgspec.Struct, forbid_unknown_fields=True):
     visible_at: str
     expires_at: str | None
     dead_letter: dict[str, Any] | None
+    topic: str | None = None
+    published_id: str | None = None
     receipt: str | None | msgspec.UnsetType = msgspec.UNSET
     status: str | msgspec.UnsetType = msgspec.UNSET
 
@@ -73,13 +75,17 @@ class New(NamedTuple):
 
 @dataclass(eq=False)
 class Key:
-    """The first use of an idempotency key, and the shortest and the longest window its queue has had since."""
+    """The first use of an idempotency key, and the shortest and the longest window its queue has had since.
+
+    And, where it is a topic's, how many copies were made.
+    """
 
     message_id: str
     body: bytes
     used_at: int
     shortest: float
     longest: float
+    deliveries: int = 0
 
 
 @dataclass(eq=False)
@@ -97,6 +103,42 @@ class Queue:
 
 
 @dataclass(eq=False)
+class Subscription:
+    id: str
+    queue: Queue
+    filter: Mapping[str, Sequence[str]] | None
+
+    def wants(self, headers: Mapping[str, str]) -> bool:
+        return all(headers.get(name) in values for name, values in (self.filter or {}).items())
+
+
+@dataclass(eq=False)
+class Topic:
+    """`stored` are the messages that wait for a broadcast, the oldest first, by the id that publish has answered."""
+
+    name: str
+    delivery: str
+    subscriptions: dict[str, Subscription] = field(default_factory=dict)
+    keys: dict[str, Key] = field(default_factory=dict)
+    stored: dict[str, Stored] = field(default_factory=dict)
+
+    def wanted_by(self, headers: Mapping[str, str]) -> list[Subscription]:
+        return [each for each in self.subscriptions.values() if each.wants(headers)]
+
+
+class Stored(NamedTuple):
+    """What was published to be broadcast, and when."""
+
+    new: New
+    published_at: int
+    order: tuple[int, int]
+
+    @property
+    def expires_at(self) -> int | None:
+        return None if self.new.ttl is None else self.published_at + self.new.ttl
+
+
+@dataclass(eq=False)
 class Message:
     """A message that is or was there. `receipt` is the newest one, None where nobody was given one."""
 
@@ -110,6 +152,8 @@ class Message:
     # When it became visible, among those that did in the same quantum; None where nobody can tell.
     order: tuple[int, int] | None
     expires_at: int | None
+    # Of a copy: the topic, and the id that publish has answered.
+    published: tuple[str, str] | None = None
     receive_count: int = 0
     first_received_at: int | None = None
     was_handed_out: bool = False
@@ -142,6 +186,7 @@ class Model:
         self._events = 0
         self._quantum_of = quantum_of
         self.queues: dict[str, Queue] = {"default": Queue("default", dict(DEFAULTS))}
+        self.topics: dict[str, Topic] = {}
         self.ids: dict[str, Message] = {}
         self.receipts: list[Receipt] = []
         self._hand_outs: dict[tuple[int, str], deque[str]] = {}
@@ -162,6 +207,10 @@ class Model:
             for message in list(queue.messages.values()):
                 if not self._is_held(message) and self._has_expired(message):
                     self._remove(message)
+        for topic in self.topics.values():
+            for message_id, stored in list(topic.stored.items()):
+                if stored.expires_at is not None and stored.expires_at <= self.now:
+                    del topic.stored[message_id]
 
     def _has_expired(self, message: Message) -> bool:
         """Whether a message that nobody holds has: one whose deliveries were used up before is a dead letter."""
@@ -481,6 +530,7 @@ class Model:
             (shown.message_id, shown.queue, bytes(shown.body), shown.headers, shown.sender, shown.receive_count)
             == (message.id, message.queue.name, message.body, message.headers, message.sender, message.receive_count)
         ), (message, shown)  # fmt: skip
+        assert (shown.topic, shown.published_id) == (message.published or (None, None)), (message, shown)
         assert times == [message.enqueued_at, message.first_received_at, int(message.visible_at), message.expires_at], (
             message, shown, times,
         )  # fmt: skip
@@ -588,7 +638,8 @@ class Model:
     def delete_queue(self, name: str, answer: Any) -> None:
         queue = self.queues.get(name)
         is_target = any(other.attributes["dead_letter_queue"] == name for other in self.queues.values())
-        if name == "default" or (is_target and queue is not None):
+        is_subscribed = queue in [each.queue for topic in self.topics.values() for each in topic.subscriptions.values()]
+        if name == "default" or ((is_target or is_subscribed) and queue is not None):
             return expect_refusal(answer, {"queue_in_use"})
         if queue is None:
             return expect_refusal(answer, {"queue_not_found"})
@@ -672,6 +723,172 @@ class Model:
             self._move(self.ids[message_id], target)
             self.ids[message_id].dead_letter = None
         return None
+
+    # Topics
+
+    def create_topic(self, name: str, delivery: str | None, answer: Any) -> None:
+        topic = self.topics.get(name)
+        if topic is not None and delivery not in (None, topic.delivery):
+            return expect_refusal(answer, {"topic_exists"})
+        if topic is None:
+            topic = self.topics[name] = Topic(name, delivery or "immediate")
+        assert (answer["topic"], answer["delivery"]) == (name, topic.delivery), answer
+        return None
+
+    def delete_topic(self, name: str, answer: Any) -> None:
+        topic = self.topics.pop(name, None)
+        if topic is None:
+            return expect_refusal(answer, {"topic_not_found"})
+        # What has expired may lie there still, and be counted.
+        assert answer["complete"] is True, answer
+        assert answer["deleted_messages"] >= len(topic.stored), (answer, topic)
+        return None
+
+    def subscribe(
+        self, name: str, subscription: str, queue: str, wanted: Mapping[str, Sequence[str]] | None, answer: Any
+    ) -> None:
+        topic = self.topics.get(name)
+        if topic is None:
+            refusals = {"topic_not_found"} | ({"queue_not_found"} if queue not in self.queues else set())
+            return expect_refusal(answer, refusals)
+        known = topic.subscriptions.get(subscription)
+        if known is not None and (known.queue is not self.queues.get(queue) or known.filter != wanted):
+            return expect_refusal(answer, {"subscription_exists"})
+        if known is None:
+            if queue not in self.queues:
+                return expect_refusal(answer, {"queue_not_found"})
+            known = Subscription(answer["subscription_id"], self.queues[queue], wanted)
+            topic.subscriptions[subscription] = known
+        assert (answer["subscription_id"], answer["queue"], answer["filter"], answer["state"]) == (
+            known.id, queue, wanted, "active",
+        ), answer  # fmt: skip
+        return None
+
+    def unsubscribe(self, topic: Topic, subscription: str, answer: Any) -> None:
+        del topic.subscriptions[subscription]
+        assert answer == {"deleted_messages": 0}, answer
+
+    def publish(self, name: str, new: New, answer: Any, found: Mapping[str, Collection[Shown]]) -> None:
+        """Check what `publish` answered; `found` are the copies that have come since it was asked, by their queue."""
+        topic = self.topics.get(name)
+        if topic is None:
+            return expect_refusal(answer, {"topic_not_found"})
+        window = DEFAULTS["idempotency_window"]
+        key = topic.keys.get(new.key) if new.key is not None else None
+        if key is not None and self.now - key.used_at < window:
+            if key.body != new.body:
+                return expect_refusal(answer, {"idempotency_conflict"})
+            assert not any(found.values()), found
+            assert answer == {"message_id": key.message_id, "duplicate": True, "deliveries": key.deliveries}, answer
+            return None
+        takers = topic.wanted_by(new.headers) if topic.delivery == "immediate" else []
+        if isinstance(answer, Refused):
+            assert not any(found.values()), found
+            return self._check_refusal(takers, new, answer)
+        message_id = answer["message_id"]
+        assert answer == {"message_id": message_id, "duplicate": False, "deliveries": len(takers)}, (answer, takers)
+        assert message_id not in self.ids, "an id is unique for ever"
+        if new.key is not None:
+            topic.keys[new.key] = Key(message_id, new.body, self.now, window, window, len(takers))
+        order = (self._tick(), 0)
+        topic.stored[message_id] = Stored(new, self.now, order)
+        if topic.delivery == "immediate":
+            self._give_out(topic, message_id, order, found)
+        else:
+            assert not any(found.values()), found
+        return None
+
+    def broadcast(self, name: str, answer: Any, found: Mapping[str, Collection[Shown]]) -> None:
+        """Check what `broadcast` answered; `found` are the copies that have come since it was asked, by their queue."""
+        topic = self.topics.get(name)
+        if topic is None or topic.delivery == "immediate":
+            return expect_refusal(answer, {"topic_not_found" if topic is None else "invalid_params"})
+        if isinstance(answer, Refused):
+            assert topic.stored, answer
+            assert not any(found.values()), (answer, found)
+            first = next(iter(topic.stored.values())).new
+            return self._check_refusal(topic.wanted_by(first.headers), first, answer)
+        taken = list(topic.stored)[: answer["messages"]]
+        given = {each.published_id for shown in found.values() for each in shown}
+        assert given <= set(taken), "the oldest are given out first"
+        assert answer["messages"] == len(taken), (answer, topic)
+        tick = self._tick()
+        deliveries = [self._give_out(topic, message_id, (tick, n), found) for n, message_id in enumerate(taken)]
+        assert answer["deliveries"] == sum(deliveries), (answer, deliveries)
+        assert answer["complete"] == (not topic.stored), (answer, topic)
+        if topic.stored:
+            assert taken, "who gives out nothing says why"
+            first = next(iter(topic.stored.values())).new
+            assert self._limits(topic.wanted_by(first.headers), first)[0], "there was room for the next one"
+        return None
+
+    def _check_refusal(self, takers: Sequence[Subscription], new: New, answer: Refused | None) -> None:
+        """Fail where copies were refused that all queues take, or, the answer being None, taken that one does not."""
+        permitted, is_certain = self._limits(takers, new)
+        if answer is None:
+            assert not is_certain, (permitted, takers)
+        else:
+            expect_refusal(answer, {type_ for type_, _ in permitted})
+            assert (answer.type, answer.data["queue"]) in permitted, (answer, permitted)
+
+    def _limits(self, takers: Sequence[Subscription], new: New) -> tuple[set[tuple[str, str]], bool]:
+        """Return with what queues may refuse copies, and whether one has to. What nobody sees any more takes room."""
+        permitted: set[tuple[str, str]] = set()
+        is_certain = False
+        for queue in {each.queue for each in takers}:
+            if len(new.body) > queue.attributes["max_message_bytes"]:
+                permitted.add(("message_too_large", queue.name))
+                is_certain = True
+            limit = queue.attributes["max_messages"]
+            copies = sum(each.queue is queue for each in takers)
+            if limit is not None and len(queue.messages) + copies > limit:
+                permitted.add(("queue_full", queue.name))
+                is_certain = is_certain or len(self.visible(queue)) + copies > limit
+        return permitted, is_certain
+
+    def _give_out(
+        self, topic: Topic, message_id: str, order: tuple[int, int], found: Mapping[str, Collection[Shown]]
+    ) -> int:
+        """Take over the copies of a stored message, of which each subscription that wants it has one; return how many.
+
+        It is not stored any more then.
+        """
+        new = topic.stored[message_id].new
+        takers = topic.wanted_by(new.headers)
+        self._check_refusal(takers, new, None)
+        left = {queue: [each for each in shown if each.published_id == message_id] for queue, shown in found.items()}
+        for taker in takers:
+            assert left[taker.queue.name], f"{taker.queue.name} has no copy of {message_id}"
+            shown = left[taker.queue.name].pop(0)
+            self._add_copy(topic, message_id, taker.queue, shown.message_id, order)
+        assert not any(left.values()), f"copies that nobody wants: {left}"
+        del topic.stored[message_id]
+        return len(takers)
+
+    def _add_copy(self, topic: Topic, message_id: str, queue: Queue, copy_id: str, order: tuple[int, int]) -> None:
+        stored = topic.stored[message_id]
+        new = stored.new
+        visible_at = self.now + (queue.attributes["delay"] if new.delay is None else new.delay)
+        if topic.delivery == "on_broadcast":
+            # A delay counts from publish on; without one the queue has its own, from now on.
+            delayed_until = stored.published_at + (new.delay or 0)
+            visible_at = max(delayed_until, self.now) if new.delay else self.now + queue.attributes["delay"]
+            order = stored.order if new.delay and delayed_until > self.now else order
+        ttl = queue.attributes["message_ttl"]
+        expires_at = stored.expires_at if new.ttl is not None else (None if ttl is None else self.now + ttl)
+        assert copy_id not in self.ids, "an id is unique for ever"
+        message = Message(
+            copy_id, queue, new.body, dict(new.headers), new.sender, self.now, visible_at, order, expires_at,
+            (topic.name, message_id),
+        )  # fmt: skip
+        self.ids[message.id] = queue.messages[message.id] = message
+
+    def check_topics(self, shown: Sequence[Mapping[str, Any]]) -> None:
+        """Check what `list_topics` shows, with counts."""
+        assert [(each["topic"], each["delivery"], each["subscriptions"], each["messages"]) for each in shown] == [
+            (topic.name, topic.delivery, len(topic.subscriptions), len(topic.stored))
+            for _, topic in sorted(self.topics.items())
+        ], (shown, self.topics)
 
     # What goes on without a client
 

@@ -1,4 +1,4 @@
-"""Whatever clients do, in whatever order, through either of two brokers: the contract's message part holds.
+"""Whatever clients do, in whatever order, through either of two brokers: the contract holds of messages and topics.
 
 Hypothesis makes up sequences of calls, compares each answer with what `model.py` permits, and after each step
 everything that can be seen. What it finds it shortens to the few calls that matter, which it prints.
@@ -58,6 +58,7 @@ TABLES = """
 SELECT c.oid::regclass::text
 FROM pg_class c
 WHERE c.relnamespace = 'broker'::regnamespace AND c.relkind = 'r' AND c.relname <> 'migrations'
+ORDER BY EXISTS (SELECT FROM pg_constraint f WHERE f.conrelid = c.oid AND f.contype = 'f') DESC
 """
 
 
@@ -274,6 +275,11 @@ LONG_ENOUGH: Params = {"visibility_timeout": 2, "idempotency_window": 3}
 MALFORMED = ("", "a receipt", "A" * 43)
 
 
+TOPICS = st.sampled_from(("now", "later"))
+FILTERS = st.sampled_from((None, None, {}, {"kind": ["é"]}, {"kind": ["e", "é"], "other": ["x"]}))
+SUBSCRIPTIONS = st.sampled_from(("one", "two"))
+
+
 def in_seconds(attributes: Params) -> Params:
     return {
         name: value * QUANTUM_SECONDS if value is not None and name in TIMES else value
@@ -331,9 +337,15 @@ class Contract(RuleBasedStateMachine):
         has_dead_letters=st.sampled_from((True, True, True, False)),
         max_messages=st.sampled_from((None, None, 4)),
         messages=st.lists(MESSAGES, min_size=1, max_size=4),
+        wanted=FILTERS,
     )
     def begin(
-        self, max_receives: int | None, has_dead_letters: bool, max_messages: int | None, messages: list[New]
+        self,
+        max_receives: int | None,
+        has_dead_letters: bool,
+        max_messages: int | None,
+        messages: list[New],
+        wanted: Params | None,
     ) -> None:
         self.update(0, "default", LONG_ENOUGH)
         self.create(0, "dead", LONG_ENOUGH)
@@ -341,6 +353,12 @@ class Contract(RuleBasedStateMachine):
         limits = {"max_receives": max_receives, "dead_letter_queue": target, "max_messages": max_messages}
         self.create(1, "work", LONG_ENOUGH | limits)
         self.enqueue_all(0, "work", messages)
+        for topic, delivery in (("now", "immediate"), ("later", "on_broadcast")):
+            self.create_topic(0, topic, delivery)
+            self.subscribe(1, topic, "one", "work", wanted)
+        self.subscribe(0, "now", "two", "default", None)
+        self.publish(0, "later", messages, "nothing")
+        self.publish(1, "now", messages[:1], "nothing")
 
     def create(self, broker: int, queue: str, attributes: Params) -> None:
         answer = self.call(broker, "create_queue", queue=queue, **in_seconds(attributes))
@@ -553,6 +571,80 @@ class Contract(RuleBasedStateMachine):
         page: _Page = self.call(broker, "list_messages", queue=queue.name)
         return page.messages
 
+    # Topics
+
+    def create_topic(self, broker: int, topic: str, delivery: str | None) -> None:
+        named = {} if delivery is None else {"delivery": delivery}
+        self.model.create_topic(topic, delivery, self.call(broker, "create_topic", topic=topic, **named))
+
+    def subscribe(self, broker: int, topic: str, name: str, queue: str, wanted: Params | None) -> None:
+        answer = self.call(broker, "subscribe", topic=topic, name=name, queue=queue, filter=wanted)
+        self.model.subscribe(topic, name, queue, wanted, answer)
+
+    @rule(
+        broker=BROKERS,
+        topic=TOPICS,
+        how=st.sampled_from(("subscribe",) * 4 + ("unsubscribe", "unsubscribe", "create", "delete", "anew")),
+        name=SUBSCRIPTIONS,
+        queue=NAMES,
+        wanted=FILTERS,
+        delivery=st.sampled_from((None, "immediate", "on_broadcast")),
+    )
+    def manage_topic(
+        self, broker: int, topic: str, how: str, name: str, queue: str, wanted: Params | None, delivery: str | None
+    ) -> None:
+        if how == "unsubscribe":
+            there = self.model.topics.get(topic)
+            known = there.subscriptions.get(name) if there else None
+            if there is not None and known is not None:
+                answer = self.call(broker, "unsubscribe", subscription_id=known.id)
+                self.model.unsubscribe(there, name, answer)
+        if how in ("delete", "anew"):
+            self.model.delete_topic(topic, self.call(broker, "delete_topic", topic=topic))
+        if how in ("create", "anew"):
+            self.create_topic(1 - broker, topic, delivery)
+        if how in ("subscribe", "anew"):
+            self.subscribe(broker, topic, name, queue, wanted)
+
+    def come(self, broker: int, answer: Any) -> dict[str, list[Shown]]:
+        """Return the messages that nobody knows of yet, by their queue.
+
+        Where the answer says that there are none nobody looks: a message too many is found after each step.
+        """
+        if isinstance(answer, Refused) or answer.get("duplicate") or not answer["deliveries"]:
+            return {queue: [] for queue in self.model.queues}
+        calls: list[tuple[str, Params]] = [("list_messages", {"queue": queue}) for queue in self.model.queues]
+        pages = self.world.do(self.brokers[broker].batch(calls))
+        return {
+            queue: [shown for shown in page.messages if shown.message_id not in self.model.ids]
+            for queue, page in zip(self.model.queues, pages, strict=True)
+        }
+
+    @rule(
+        broker=BROKERS,
+        topic=TOPICS,
+        messages=st.lists(MESSAGES, min_size=1, max_size=3),
+        then=st.sampled_from(("nothing", "nothing", "broadcast", "time passes", "broadcast after a time")),
+    )
+    def publish(self, broker: int, topic: str, messages: list[New], then: str) -> None:
+        for message in messages:
+            answer = self.call(broker, "publish", topic=topic, **sent(message))
+            self.model.publish(topic, message, answer, self.come(1 - broker, answer))
+        if "time" in then:
+            self.check(broker)
+            self.pass_time(1)
+        if "broadcast" in then:
+            self.check(broker)
+            self.broadcast_now(1 - broker, topic)
+
+    @rule(broker=BROKERS, topic=st.sampled_from(("later", "later", "later", "now")))
+    def broadcast(self, broker: int, topic: str) -> None:
+        self.broadcast_now(broker, topic)
+
+    def broadcast_now(self, broker: int, topic: str) -> None:
+        answer = self.call(broker, "broadcast", topic=topic)
+        self.model.broadcast(topic, answer, self.come(1 - broker, answer))
+
     # What goes on without clients
 
     @rule(
@@ -606,12 +698,13 @@ class Contract(RuleBasedStateMachine):
         if self.model.is_unsettled():
             self.sweep()
         queues = list(self.model.queues.values())
-        calls: list[tuple[str, Params]] = [("list_queues", {"counts": True})]
+        calls: list[tuple[str, Params]] = [("list_queues", {"counts": True}), ("list_topics", {"counts": True})]
         calls += [("list_messages", {"queue": queue.name}) for queue in queues]
-        objects, *pages = self.world.do(self.brokers[broker].batch(calls))
+        objects, topics, *pages = self.world.do(self.brokers[broker].batch(calls))
         assert [shown["queue"] for shown in objects["queues"]] == sorted(queue.name for queue in queues)
         for shown in objects["queues"]:
             self.model.check_queue(shown)
+        self.model.check_topics(topics["topics"])
         for queue, page in zip(queues, pages, strict=True):
             assert page.next is None
             self.model.check_listed(queue, page.messages)

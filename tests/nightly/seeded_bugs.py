@@ -421,7 +421,6 @@ MUTATIONS = (
         (
             PUBLISHING_KEYS + "test_a_key_publishes_one_message",
             PUBLISHING_KEYS + "test_a_publisher_that_was_cut_off_repeats_it",
-            "tests/faults/test_fan_out.py",
             TOPIC_ISOLATION,
         ),
     ),

@@ -1,0 +1,32 @@
+"""The audit log: who has administered, and who was refused, one line each.
+
+A line says who (the token's name), from where, what (the method and the names that it was about) and what came of it.
+It has no bodies, receipts or tokens. It goes where the log goes, under a name of its own: `broker.audit`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from broker.rpc import Call
+from broker.schema import MethodSchema
+
+log = logging.getLogger("broker.audit")
+
+# Params that may be shown: names, which have no secrets in them.
+SHOWN = ("queue", "topic", "name", "dead_letter_queue", "to", "message_id", "subscription_id")
+NOBODY = "-"
+
+
+def call_ended(call: Call, schema: MethodSchema, params: Mapping[str, Any], outcome: str) -> None:
+    """Write down what a call came to: "ok", or the type of its error."""
+    about = " ".join(f"{name}={params[name]}" for name in SHOWN if isinstance(params.get(name), str))
+    caller = NOBODY if call.caller is None else call.caller.name
+    log.info("%s caller=%s address=%s %s outcome=%s", schema.name, caller, call.address, about, outcome)
+
+
+def login_refused(address: str, path: str, reason: str) -> None:
+    """Write down that somebody without a token that counts was sent away."""
+    log.warning("no access caller=%s address=%s path=%s outcome=%s", NOBODY, address, path, reason)

@@ -1,0 +1,98 @@
+"""Whether a caller may do what he asks for: the one place where that is decided.
+
+What a method needs stands in the schema: a verb (`x-permission`), and the params that name what it is needed for
+(`x-permission-on`). A param that is null names nothing. What stands for a queue or a topic is followed to its name: a
+receipt to the queue it is of, a subscription to its topic.
+
+Promises. Nothing is told of what the caller may not know: a name is refused whether or not there is anything behind
+it, and so is a receipt; a subscription of a topic that he may not manage is not found. Lists are not refused but show
+what he may manage: see `methods`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import msgspec
+
+from broker.auth import Caller
+from broker.errors import BrokerError, Forbidden, SubscriptionNotFound, forbidden_receipt
+from broker.model import lease_of
+from broker.rpc import Call
+from broker.schema import MethodSchema
+from broker.storage import queues, subscriptions
+from broker.storage.database import Database
+
+# Names of queues by their ids, which never change.
+MOST_QUEUES = 10_000
+
+
+class Permissions:
+    """Decides, with what the database knows of receipts and subscriptions."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._queue_names: dict[int, str] = {}
+
+    async def permit(self, call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> None:
+        """Return where the caller may carry out this call. Raises Forbidden, and SubscriptionNotFound."""
+        caller, verb = call.caller, schema.permission
+        if caller is None or verb == "free":
+            return
+        named = {name: params[name] for name in schema.permission_on if params[name] not in (None, msgspec.UNSET)}
+        if "admin" in (verb, None if named else schema.permission_null):
+            if not caller.is_admin:
+                _forbid("admin", None)
+            return
+        for param, value in named.items():
+            match param:
+                case "receipt":
+                    await self._permit_receipt(caller, verb, value)
+                case "receipts":
+                    call.barred_queues = await self._barred(caller, verb, value)
+                case "subscription_id":
+                    await self._permit_subscription(caller, verb, value)
+                case _:
+                    if not caller.may(verb, value):
+                        _forbid(verb, value)
+
+    async def _permit_receipt(self, caller: Caller, verb: str, receipt: str) -> None:
+        try:
+            queue_id = lease_of(receipt).queue_id
+        except BrokerError:
+            return  # the method says what is wrong with it
+        if await self._barred_queues(caller, verb, {queue_id}):
+            _forbid(verb, None)
+
+    async def _barred(self, caller: Caller, verb: str, receipts: Iterable[str]) -> frozenset[int]:
+        ids = set()
+        for receipt in receipts:
+            try:
+                ids.add(lease_of(receipt).queue_id)
+            except BrokerError:
+                continue
+        return await self._barred_queues(caller, verb, ids)
+
+    async def _barred_queues(self, caller: Caller, verb: str, ids: set[int]) -> frozenset[int]:
+        """Return those of these queues that the verb is not permitted for; one that nobody knows has no name."""
+        unknown = [queue_id for queue_id in ids if queue_id not in self._queue_names]
+        if unknown:
+            found = await self._database.read(lambda connection: queues.names_of(connection, unknown))
+            if len(self._queue_names) > MOST_QUEUES:
+                self._queue_names.clear()
+            self._queue_names.update(found)
+        return frozenset(each for each in ids if not caller.may(verb, self._queue_names.get(each, "")))
+
+    async def _permit_subscription(self, caller: Caller, verb: str, subscription_id: str) -> None:
+        topic = await self._database.read(lambda connection: subscriptions.topic_of(connection, subscription_id))
+        if topic is None or not caller.may(verb, topic):
+            raise SubscriptionNotFound(subscription_id=subscription_id)
+
+
+def _forbid(permission: str, name: str | None) -> NoReturn:
+    if permission == "admin":
+        raise Forbidden(reason="This needs a token with `admin`", permission=permission)
+    if name is None:
+        raise forbidden_receipt(permission)
+    raise Forbidden(reason=f"The token does not permit `{permission}` for {name}", permission=permission, name=name)
