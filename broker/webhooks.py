@@ -39,6 +39,7 @@ from broker.storage.calls import Calls
 from broker.storage.database import Connection, Database
 from broker.storage.handing_out import Delivery
 from broker.storage.notifications import News
+from broker.storage.subscriptions import PushTarget
 
 log = logging.getLogger("broker.webhooks")
 
@@ -63,6 +64,8 @@ GATHER_SECONDS = 0.01
 RETRY_SECONDS = 0.5
 # Other brokers see what becomes ready later by their own looks in time.
 NEWS_SECONDS = 2.0
+
+NOWHERE = URL("https://nowhere.invalid/")
 
 T = TypeVar("T")
 
@@ -160,7 +163,7 @@ class Webhooks:
         for number, target in targets.items():
             endpoint = self._endpoints.get(number)
             if endpoint is None:
-                endpoint = self._endpoints[number] = Endpoint(target, URL(target.url), self._limits.concurrency)
+                endpoint = self._endpoints[number] = Endpoint(target, url_of(target), self._limits.concurrency)
             endpoint.learn(target, read_at)
             self._regulate(endpoint)
 
@@ -400,6 +403,15 @@ class Webhooks:
         await self._receivers.close()
 
 
+def url_of(target: PushTarget) -> URL:
+    """Return where to push to; nowhere, so that it fails like others do, where a url cannot be read any more."""
+    try:
+        return URL(target.url)
+    except ValueError:
+        log.error("url cannot be read subscription=%s topic=%s", target.name, target.topic)
+        return NOWHERE
+
+
 def pause_after(receive_count: int) -> float:
     """Return for how many seconds to leave a message alone that has been delivered in vain so often."""
     doubled = FIRST_PAUSE_SECONDS * 2.0 ** min(receive_count - 1, 30)
@@ -409,4 +421,4 @@ def pause_after(receive_count: int) -> float:
 def _complain(task: asyncio.Task[None]) -> None:
     """Say of a task that has ended if it failed in a way that nobody has thought of."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("what came of a push was not noted, and it may be sent again", exc_info=error)
+        log.error("pushing failed in an unknown way; what was on its way may be sent again", exc_info=error)

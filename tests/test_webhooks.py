@@ -622,6 +622,22 @@ async def test_a_host_that_moves_to_a_private_address_gets_no_connection_and_its
     assert {each.labels["outcome"] for each in pushes(broker)} == {"forbidden"}
 
 
+@pytest.mark.usefixtures("short_pauses")
+async def test_a_url_that_cannot_be_read_any_more_holds_up_no_other(
+    start_pusher: Callable[..., Any], connection: Connection
+) -> None:
+    first = await start_pusher()
+    first.server.webhooks.stop_taking()
+    async with receiving() as receiver:
+        subscription = await subscribe(first, receiver, name="spoilt")
+        await connection.execute("UPDATE broker.subscriptions SET url = 'http://[::1'")
+        await subscribe(first, receiver)
+        await start_pusher()
+        await publish(first, 1)
+        await receiver.received(1)
+        await has_state(first, subscription, "failing")
+
+
 # ------------------------------------------------------------------------------------------------------- dead endpoints
 
 
