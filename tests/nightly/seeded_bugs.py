@@ -508,7 +508,6 @@ MUTATIONS = (
         ),
         (
             BROADCAST + "test_what_is_published_is_stored_until_it_is_broadcast",
-            BROADCAST + "test_two_broadcasts_from_two_brokers_make_no_second_copy_and_leave_nothing",
             TOPIC_ISOLATION,
         ),
     ),
