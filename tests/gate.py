@@ -38,8 +38,10 @@ SELECT * FROM broker.queues_behind_the_gate WHERE broker.gate();
 async def gate_closed(keeper: Connection) -> AsyncIterator[None]:
     """Let nobody pass until the block ends."""
     await keeper.execute("SELECT pg_advisory_lock(%s)", [GATE])
-    yield
-    await keeper.execute("SELECT pg_advisory_unlock(%s)", [GATE])
+    try:
+        yield
+    finally:
+        await keeper.execute("SELECT pg_advisory_unlock(%s)", [GATE])
 
 
 async def wait_until_blocked(observer: Connection, blocked: Connection) -> None:
