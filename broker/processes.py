@@ -201,7 +201,8 @@ async def end(workers: list[Worker]) -> None:
 async def within(seconds: float, works: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Do all of this at the same time; give up what is not done in time."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(all_of(works), seconds)
+        async with asyncio.timeout(seconds):
+            await all_of(works)
 
 
 async def all_of(works: Iterable[Coroutine[Any, Any, None]]) -> None:

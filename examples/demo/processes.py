@@ -73,7 +73,8 @@ async def running(*arguments: str | Path, stderr: IO[bytes] | None = None) -> As
         with suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), STOP_TIMEOUT)
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()
@@ -100,7 +101,9 @@ async def read_line(process: Process, who: str, timeout: float = START_TIMEOUT) 
     """Return the next line that a process prints."""
     assert process.stdout is not None
     try:
-        line = await asyncio.wait_for(process.stdout.readline(), timeout)
+        # wait_for() of Python 3.11 loses a Ctrl-C that comes at the moment of the line.
+        async with asyncio.timeout(timeout):
+            line = await process.stdout.readline()
     except TimeoutError:
         raise DemoFailed(f"{who} said nothing for {timeout:.0f} s.") from None
     if not line:
