@@ -200,14 +200,16 @@ class Cluster:
         await self.is_healthy()
 
     async def is_healthy(self, *, but: Member | None = None) -> None:
-        """Return when all members are there, and one leads; one is its synchronous standby, unless none has to be.
+        """Return when one leads and all others follow; one is its synchronous standby, unless none has to be.
 
         Ask none but the others where one may not know yet.
         """
         async with asyncio.timeout(PATIENCE):
             while True:
                 found = await self._found(but)
-                roles = [one["role"] for one in found if one["state"] in ("running", "streaming")]
+                # One that has just come back runs, but still has to be rewound, or to find the new leader.
+                well = {"leader": "running"}
+                roles = [one["role"] for one in found if one["state"] == well.get(one["role"], "streaming")]
                 if len(roles) == len(self.members) and self._roles <= set(roles):
                     return
                 await asyncio.sleep(0.1)
