@@ -335,7 +335,7 @@ class Settings:
         " that is pushed to must be public, and https. Whoever may subscribe can make the broker send requests there.",
     )
     webhook_concurrency: int = setting(
-        32,
+        64,
         flag="--webhook-concurrency",
         variable="BROKER_WEBHOOK_CONCURRENCY",
         parse=int,

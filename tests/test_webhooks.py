@@ -279,7 +279,7 @@ async def test_a_new_endpoint_is_sent_few_messages_until_it_has_taken_some(broke
         await at_rest(broker)
         receiver.behave = silent
         await publish(broker, *range(50))
-        await receiver.received(50 + 32)
+        await receiver.received(50 + 50)
 
 
 async def test_consumers_of_the_broker_s_own_take_no_place_from_its_clients(start_pusher: Callable[..., Any]) -> None:
