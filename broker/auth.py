@@ -28,6 +28,8 @@ from broker.storage.tokens import Grant, StoredToken
 log = logging.getLogger("broker.auth")
 
 REFRESH_SECONDS = 1.0
+# A read that is not answered by then gives its connection back to those who call.
+READ_SECONDS = 2.0
 # Older than this, what is known of the tokens counts no more.
 MAX_AGE_SECONDS = 4.0
 # Read anew for callers who are not known, but not more often.
@@ -151,7 +153,7 @@ class Auth:
 
     async def _read(self) -> None:
         asked_at = time.monotonic()
-        found, were_ever = await self._database.read(_read_all)
+        found, were_ever = await self._database.read(_read_all, timeout=READ_SECONDS)
         before = {token_id: caller for token_id, (_, caller) in self._callers.items()}
         self._callers = {each.id: (each.secret_hash, self._caller(before.get(each.id), each)) for each in found}
         self._is_required = self._is_required or were_ever

@@ -45,6 +45,8 @@ log = logging.getLogger("broker.webhooks")
 
 # How often the targets are read, and those that fail are looked through for one to probe.
 LOOK_SECONDS = 1.0
+# A look that is not answered by then gives its connection back to those who call.
+LOOK_PATIENCE_SECONDS = 2.0
 # A consumer asks for messages anew after so long; nothing depends on it.
 WAIT_SECONDS = 60.0
 # An endpoint that fails is probed each time after so long, and so many of them at one time.
@@ -158,7 +160,10 @@ class Webhooks:
     async def _look(self) -> None:
         """Read the targets; begin to consume for those that are new, and cease for those that are gone."""
         read_at = asyncio.get_running_loop().time()
-        targets = {each.id: each for each in await self._database.read(subscriptions.push_targets)}
+        targets = {
+            each.id: each
+            for each in await self._database.read(subscriptions.push_targets, timeout=LOOK_PATIENCE_SECONDS)
+        }
         for number in self._endpoints.keys() - targets.keys():
             gone = self._endpoints.pop(number)
             gone.has_ended = True
