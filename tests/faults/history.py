@@ -24,6 +24,8 @@ import msgspec
 
 # Fractions of a second that are lost when a lease's beginning is told from its end.
 _CLOCK = timedelta(milliseconds=1)
+# Longer than a broker is paused.
+READ_WITHIN_SECONDS = 5.0
 
 
 class Event(msgspec.Struct, tag_field="what", frozen=True, kw_only=True):
@@ -289,13 +291,14 @@ def check_pushes(events: Iterable[AnyEvent], lease_seconds: float, until: float)
     """Judge what was published and what a receiver was sent of it, after the queue has become empty.
 
     A message that the receiver has taken, and said so, is sent again only where its broker has died before it had it
-    deleted: not before the lease has ended. `until` then: from that time on leases were made to end.
+    deleted: not before the lease has ended. `until` then: from that time on leases were made to end. What a receiver
+    said shortly before it was killed may not have been heard.
     """
     events = sorted(events, key=lambda event: event.at)
     verdict = check(event for event in events if not isinstance(event, Pushed | Answering | Answered))
     pushes = {event.push: event for event in events if isinstance(event, Pushed)}
     taken = {event.push for event in events if isinstance(event, Answering) and event.is_taken}
-    told = {event.push for event in events if isinstance(event, Answered)} & taken
+    told = _heard(events) & taken
     sent = {value for event in events if isinstance(event, Attempted) for value in event.values}
     refused = {value for event in events if isinstance(event, Refused) for value in event.values}
     came = {event.value for event in pushes.values()}
@@ -318,6 +321,26 @@ def check_pushes(events: Iterable[AnyEvent], lease_seconds: float, until: float)
             else:
                 verdict.given_back += 1
     return verdict
+
+
+def _heard(events: Iterable[AnyEvent]) -> set[str]:
+    """Return the pushes whose answers have certainly arrived.
+
+    An answer that a broker has not read yet, because it was paused, is lost when the receiver dies: its system then
+    resets the connection.
+    """
+    answered = [event for event in events if isinstance(event, Answered)]
+    last_at = {_receiver_of(event.push): event.at for event in answered}
+    newest = max(last_at, key=lambda receiver: last_at[receiver], default="")
+    return {
+        event.push
+        for event in answered
+        if _receiver_of(event.push) == newest or last_at[_receiver_of(event.push)] - event.at >= READ_WITHIN_SECONDS
+    }
+
+
+def _receiver_of(push: str) -> str:
+    return push.rpartition("-")[0]
 
 
 def _acknowledged(events: Iterable[AnyEvent]) -> set[str]:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from history import (
+    READ_WITHIN_SECONDS,
     Acknowledged,
     Answered,
     Answering,
@@ -196,6 +197,17 @@ def pushed(value: str, push: str, *, at: float, is_taken: bool = True, is_told: 
             ),
         ),
         ("leased_twice", all_of(sent("x"), pushed("x", "1", at=1), pushed("x", "2", at=0.5 + LEASE))),
+        (
+            "leased_twice",  # the first receiver was killed, but long after
+            all_of(
+                sent("x"),
+                sent("y"),
+                pushed("x", "one-1", at=1),
+                pushed("x", "two-1", at=0.5 + LEASE),
+                pushed("y", "one-2", at=1 + READ_WITHIN_SECONDS),
+                pushed("y", "two-2", at=99, is_taken=False),
+            ),
+        ),
     ],
 )
 def test_a_promise_that_a_push_has_broken_is_found(violation: str, history: list[AnyEvent]) -> None:
@@ -206,11 +218,13 @@ def test_a_push_that_is_repeated_is_explained() -> None:
     refused = all_of(sent("x"), pushed("x", "1", at=1, is_taken=False), pushed("x", "2", at=2))
     not_heard_of = all_of(sent("x"), pushed("x", "1", at=1, is_told=False), pushed("x", "2", at=2))
     after_its_lease = all_of(sent("x"), pushed("x", "1", at=1), pushed("x", "2", at=1 + LEASE))
+    killed_with_its_answer = all_of(sent("x"), pushed("x", "one-1", at=1), pushed("x", "two-1", at=2))
     at_the_end = all_of(sent("x"), pushed("x", "1", at=1), pushed("x", "2", at=3))
     for history, until, duplicated in (
         (refused, 100, 0),
         (not_heard_of, 100, 1),
         (after_its_lease, 100, 1),
+        (killed_with_its_answer, 100, 1),
         (at_the_end, 2, 1),
     ):
         verdict = check_pushes(history, LEASE, until)
