@@ -8,13 +8,15 @@ role must be allowed to create databases.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, contextmanager, nullcontext
+from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -50,6 +52,7 @@ FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "300", "ma
 # A file system in memory, and many times what tests leave there.
 MEMORY = "/dev/shm"
 MEMORY_BYTES = 4 * 2**30
+DATA = "wonderq-data-"
 
 _names = (f"wonderq_test_{os.getpid()}_{n}" for n in itertools.count())
 
@@ -68,24 +71,45 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 terminalreporter.write_line(f"{name}: {figures}")
 
 
-def folder_for_data() -> str | None:
-    """Return where there is memory for data that need not outlast the system; None where there is not.
+@contextmanager
+def data_folder(otherwise: str | None = None) -> Iterator[Path]:
+    """Yield a new folder for data that need not outlast the system: in memory, where there is room for it.
 
     To make a database is to make some three hundred files, and most tests have one made: on a disk that takes longer
     than many a test.
     """
     has_room = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES
-    return MEMORY if has_room else None
+    if has_room:
+        remove_what_the_killed_left()
+    where = MEMORY if has_room else otherwise
+    with tempfile.TemporaryDirectory(prefix=DATA, dir=where, ignore_cleanup_errors=True) as name:
+        os.chmod(name, 0o755)  # as root, PostgreSQL runs as another account
+        held = os.open(name, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            yield Path(name)
+        finally:
+            os.close(held)
+
+
+def remove_what_the_killed_left() -> None:
+    """Give memory back that runs held which were killed: the lock of a folder ends with the process that made it."""
+    for folder in Path(MEMORY).glob(f"{DATA}*"):
+        with suppress(OSError):
+            held = os.open(folder, os.O_RDONLY)
+            try:
+                if time.time() - folder.stat().st_mtime > PATIENCE:  # or it may have been made just now
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 @contextmanager
 def private_server(make: Callable[..., EmbeddedPostgres] = EmbeddedPostgres) -> Iterator[str]:
     """Yield how to connect to a PostgreSQL whose directory goes away with it; `make` builds it."""
-    with tempfile.TemporaryDirectory(
-        prefix="wonderq-test-", dir=folder_for_data(), ignore_cleanup_errors=True
-    ) as folder:
-        os.chmod(folder, 0o755)  # as root, PostgreSQL runs as another account
-        postgres = make(Path(folder), settings=FAST)
+    with data_folder() as folder:
+        postgres = make(folder, settings=FAST)
         conninfo = asyncio.run(postgres.start())
         try:
             yield conninfo

@@ -22,7 +22,7 @@ import pytest
 
 from broker.embedded import EmbeddedPostgres, conninfo_of_running
 from broker.installation import EmbeddedError, Installation, find_installation
-from conftest import folder_for_data
+from conftest import data_folder
 
 FAST = {"fsync": "off"}
 PROJECT = Path(__file__).parent.parent
@@ -54,10 +54,17 @@ StartOwner = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="wonderq-test-", dir=folder_for_data() or "/tmp"))
-    path.chmod(0o711)
-    yield path
-    shutil.rmtree(path)
+    with data_folder("/tmp") as path:
+        path.chmod(0o711)
+        yield path
+
+
+@pytest.fixture
+def folder_on_disk() -> Iterator[Path]:
+    """Where initdb takes its time."""
+    with tempfile.TemporaryDirectory(prefix="wonderq-test-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
 
 
 @pytest.fixture
@@ -297,17 +304,17 @@ async def test_a_first_start_whose_owner_was_killed_half_way_leaves_nothing_half
 
 @on_linux
 async def test_a_first_start_whose_initdb_was_killed_says_so_and_the_next_one_succeeds(
-    make: Make, folder: Path
+    folder_on_disk: Path, make: Make
 ) -> None:
-    data = folder / "data"
-    start = asyncio.create_task(make(settings=None).start())
+    data = folder_on_disk / "data"
+    start = asyncio.create_task(make(data, settings=None).start())
     assert await becomes_true((data / "postgres.new" / "PG_VERSION").exists)
     (initdb,) = processes_of(data, "/initdb")
     os.kill(initdb, signal.SIGKILL)
     with pytest.raises(EmbeddedError, match="could not make its database"):
         await start
     assert not (data / "postgres").exists()
-    assert await fetch(await make(settings=None).start(), "SELECT 1") == 1
+    assert await fetch(await make(data, settings=None).start(), "SELECT 1") == 1
 
 
 @on_linux

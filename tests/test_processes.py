@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -34,7 +33,7 @@ from broker.server import DRAIN_SECONDS
 from broker.settings import Settings
 from broker.sharing import Scoreboard
 from broker.worker import SCOREBOARD, Job
-from conftest import folder_for_data
+from conftest import data_folder
 from outside import eventually
 from receiver import receiving, silent
 
@@ -141,12 +140,9 @@ async def start(folder: Path) -> AsyncIterator[Start]:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that the account of an embedded PostgreSQL can enter."""
-    with tempfile.TemporaryDirectory(
-        prefix="wonderq-processes-", dir=folder_for_data(), ignore_cleanup_errors=True
-    ) as name:
-        os.chmod(name, 0o755)
-        yield Path(name)
-        for pid in itertools.chain.from_iterable(postgres_pids(data_dir) for data_dir in Path(name).iterdir()):
+    with data_folder() as made:
+        yield made
+        for pid in itertools.chain.from_iterable(postgres_pids(data_dir) for data_dir in made.iterdir()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
