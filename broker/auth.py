@@ -26,6 +26,7 @@ from broker.storage.database import Connection, Database
 from broker.storage.tokens import Grant, StoredToken
 
 log = logging.getLogger("broker.auth")
+audit_log = logging.getLogger("broker.audit")
 
 REFRESH_SECONDS = 1.0
 # A read that is not answered by then gives its connection back to those who call.
@@ -172,9 +173,19 @@ class Auth:
         found, were_ever = await self._database.read(_read_all, timeout=READ_SECONDS)
         before = {token_id: caller for token_id, (_, caller) in self._callers.items()}
         self._callers = {each.id: (each.secret_hash, self._caller(before.get(each.id), each)) for each in found}
+        if self._read_at > float("-inf"):
+            self._tell_of_changes(before)
         self._let_in.clear()
         self._is_required = self._is_required or were_ever
         self._read_at = asked_at
+
+    def _tell_of_changes(self, before: Mapping[str, Caller]) -> None:
+        """Write down which tokens count since now, and which no more: who makes and revokes them is not here."""
+        now = {token_id: caller for token_id, (_, caller) in self._callers.items()}
+        for token_id in now.keys() - before.keys():
+            audit_log.info("token_counts name=%s token_id=%s outcome=ok", now[token_id].name, token_id)
+        for token_id in before.keys() - now.keys():
+            audit_log.info("token_counts_no_more name=%s token_id=%s outcome=ok", before[token_id].name, token_id)
 
     def _caller(self, before: Caller | None, token: StoredToken) -> Caller:
         """Return who has a token: him who was known before, whose calls are counted."""

@@ -19,7 +19,7 @@ import click
 import msgspec
 import psycopg
 
-from broker import __version__, processes
+from broker import __version__, audit, processes
 from broker.client import BrokerError, Client, ConnectionFailed
 from broker.credentials import is_pattern
 from broker.embedded import EmbeddedPostgres, conninfo_of_running
@@ -242,7 +242,9 @@ def create_token(
     While one token is replaced by another, both may have the same NAME.
     """
     grant = Grant(**patterns, admin=admin)
-    click.echo(on_the_database(settings, lambda connection: tokens.create(connection, name, grant, expires_in)))
+    made = on_the_database(settings, lambda connection: tokens.create(connection, name, grant, expires_in))
+    click.echo(audit.command_line("token_create", "ok", name=name, token_id=made[3:].partition(".")[0]), err=True)
+    click.echo(made)
 
 
 @token.command("list")
@@ -277,6 +279,7 @@ def revoke_token(settings: Settings, name: str, older: bool) -> None:
     revoked = on_the_database(settings, lambda connection: tokens.revoke(connection, name, older=older))
     if not revoked:
         raise click.ClickException(f"There is no token called {name} to revoke; see token list.")
+    click.echo(audit.command_line("token_revoke", "ok", name=name, revoked=revoked), err=True)
     click.echo(f"revoked {revoked}")
 
 

@@ -34,6 +34,8 @@ class Secrets:
         # Tokens' secrets and receipts, of which there are many, all of one form; and others, each searched for.
         self.alike: set[str] = set()
         self.others: set[str] = set()
+        # What stands in bodies, which are in tables and may be in no log.
+        self.bodies: set[str] = set()
         self.lasting = 0
         self.searched_bytes = 0
         self.searched_tables = 0
@@ -48,11 +50,11 @@ class Secrets:
         self.alike.add(text.rpartition(".")[2])
         self.lasting += 1
 
-    def found_in(self, text: str) -> list[str]:
+    def found_in(self, text: str, *, is_log: bool = True) -> list[str]:
         """Return what surrounds each secret in a text."""
         self.searched_bytes += len(text)
         places = [found.start() for found in _ALIKE.finditer(text) if found[0] in self.alike]
-        places += [text.index(secret) for secret in self.others if secret in text]
+        places += [text.index(secret) for secret in self.others | (self.bodies if is_log else set()) if secret in text]
         return [text[max(0, place - SHOWN) : place + SHOWN].replace("\n", " ") for place in sorted(places)]
 
     def found_in_database(self, conninfo: str) -> list[str]:
@@ -64,7 +66,7 @@ class Secrets:
                 self.searched_tables += 1
                 rows = connection.execute(sql.SQL("SELECT t::text FROM broker.{} t").format(sql.Identifier(table)))
                 for (row,) in rows:
-                    found += [f"{table}: {place}" for place in self.found_in(row)]
+                    found += [f"{table}: {place}" for place in self.found_in(row, is_log=False)]
         return found
 
 
