@@ -42,6 +42,7 @@ from broker.sharing import BACKLOG, Share, SharedSite
 from broker.starting import (
     StartError,
     Stopped,
+    announce,
     cannot_listen,
     migrated_database,
     stop_on_signals,
@@ -81,7 +82,7 @@ async def serve(settings: Settings) -> None:
         async with migrated_database(settings, stop) as conninfo, contextlib.AsyncExitStack() as stack:
             server = await unless_stopped(stop, stack.enter_async_context(Server(conninfo, settings)))
             collect_less_garbage()
-            print(f"listening on {server.url}", flush=True)  # noqa: T201
+            announce(server.url)
             await stop.wait()
             log.info("stopping")
 
