@@ -41,6 +41,7 @@ from broker.storage import (
     inspection,
     leases,
     queues,
+    statistics,
     subscriptions,
     topics,
 )
@@ -49,6 +50,7 @@ from broker.storage.database import Database
 from broker.storage.notifications import News
 from broker.storage.publishing import MAX_MESSAGE_BYTES, Published
 from broker.storage.storing import Stored
+from broker.tally import DELETED, ENQUEUED, Tally
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
 MAX_HEADER_BYTES = 4096
@@ -68,6 +70,7 @@ class Methods:
     calls: Calls
     waiting: WaitingRoom
     metrics: Metrics
+    tally: Tally
     settings: Settings
     document: Mapping[str, Any]
     # Whether a url may be pushed to: raises InvalidParams where not.
@@ -261,6 +264,7 @@ class Methods:
 
     async def delete_queue(self, call: Call, queue: str) -> dict[str, Any]:
         deleted, complete = await queues.delete(self.database, queue)
+        self.tally.forget(queue)
         self.waiting.tell(News(queue, 0.0, EVERYBODY))
         return {"deleted_messages": deleted, "complete": complete}
 
@@ -273,6 +277,10 @@ class Methods:
                 raise QueueNotFound(queue=queue)
             counted = found[queue]
         return counted.counts if status is None else counted.of_status(status)
+
+    async def get_stats(self, call: Call, queue: str | None, minutes: int) -> dict[str, Any]:
+        counted = await self.database.read(lambda connection: statistics.read(connection, queue, minutes))
+        return {"queue": queue, "minutes": counted}
 
     async def list_messages(
         self, call: Call, queue: str, status: str | None, limit: int, after: str | None
@@ -315,6 +323,7 @@ class Methods:
         lease = None if receipt is None else lease_of(receipt)
         deleted = await self.database.write(lambda connection: inspection.delete(connection, queue, message_id, lease))
         self.metrics.deleted.inc(deleted)
+        self.tally.add(queue, DELETED, deleted)
         return {"deleted": deleted}
 
     async def redrive(self, call: Call, queue: str, to: str | None, max_messages: int | None) -> dict[str, Any]:
@@ -422,6 +431,8 @@ class Methods:
 
     async def broadcast(self, call: Call, topic: str) -> dict[str, Any]:
         given_out = await broadcasting.broadcast(self.database, topic)
+        for news in given_out.news:
+            self.tally.add(news.queue, ENQUEUED, news.messages)
         self._copied(given_out.news)
         return {"messages": given_out.messages, "deliveries": given_out.deliveries, "complete": given_out.complete}
 

@@ -50,11 +50,13 @@ from broker.starting import (
     unless_stopped,
     url_of,
 )
+from broker.statistics import Statistics
 from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.migrate import MigrationError
 from broker.storage.notifications import Notifications
 from broker.sweeper import Sweeper
+from broker.tally import Tally
 from broker.tls import Site
 from broker.waiting import WaitingRoom
 from broker.webhooks import PushLimits, Webhooks
@@ -69,6 +71,7 @@ PUSH_SECONDS = 4.0
 CANCEL_SECONDS = 0.25
 UNDO_SECONDS = 1.0
 STOP_SERVICES_SECONDS = 0.5
+STATISTICS_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 # How often one of several processes says what its gauges are.
 GAUGES_SECONDS = 0.5
@@ -106,6 +109,7 @@ class Server:
         self._share = share
         self._tls = tls_of(settings)
         self.metrics = Metrics(share.metrics_folder if share else None)
+        self.tally = Tally()
         self.database = Database(
             conninfo,
             connections=settings.database_connections,
@@ -120,11 +124,17 @@ class Server:
             stored=lambda queue, stored: self.methods.stored(queue, stored),
             published=lambda published: self.methods.published(published),
             watch=self.metrics.statement_ended,
+            tally=self.tally,
         )
-        self.waiting = WaitingRoom(self.database, self.calls, max_waiting=settings.max_waiting_consumers)
+        self.waiting = WaitingRoom(
+            self.database, self.calls, max_waiting=settings.max_waiting_consumers, tally=self.tally
+        )
         self.notifications = Notifications(self.database, self.waiting.hear, self.waiting.look_at_all)
         self.waiting.tell_others = self.notifications.tell
-        self.sweeper = Sweeper(self.database, self.metrics, self.waiting.tell, interval=settings.sweep_interval)
+        self.sweeper = Sweeper(
+            self.database, self.metrics, self.tally, self.waiting.tell, interval=settings.sweep_interval
+        )
+        self.statistics = Statistics(self.database, self.tally)
         self.limits = ConnectionLimits(
             header_timeout=settings.header_timeout,
             body_timeout=settings.body_timeout,
@@ -141,6 +151,7 @@ class Server:
             self.calls,
             self.waiting,
             self.metrics,
+            self.tally,
             settings,
             document,
             check_url=guard.check_url,
@@ -233,6 +244,7 @@ class Server:
             self.notifications.run,
             self.waiting.run,
             self.sweeper.run,
+            self.statistics.run,
             self.calls.low_water.run,
             self.webhooks.run,
             self.auth.run,
@@ -288,6 +300,8 @@ class Server:
             if running:
                 self.database.cut_services()
                 await asyncio.wait(running, timeout=STOP_SERVICES_SECONDS)
+        # Last: what is undone counts too.
+        await self.statistics.append(STATISTICS_SECONDS)
         await self.database.close()
 
 

@@ -65,6 +65,7 @@ async def one_life_by_every_method(broker: Broker) -> None:
         "mail"
     ]
     assert await do("count_messages", "--queue", "mail", "--status", "ready") == {"total": 3, "exact": True}
+    assert len((await do("get_stats", "--queue", "mail", "--minutes", "3"))["minutes"]) == 3
     assert len((await do("list_messages", "--queue", "mail", "--limit", "2"))["messages"]) == 2
     shown = await do("get_message", "--queue", "mail", "--message-id", first["message_id"])
     assert (shown["body"], shown["headers"], shown["sender"]) == ({"to": "ada"}, {"a": "b"}, "me")

@@ -109,12 +109,13 @@ GROUP BY fate, name, target
 class Settled:
     """What became of messages whose time in their queue was over: how many, by the queue that they are in now.
 
-    `dropped` by the queue that they were in.
+    `dropped` by the queue that they were in, and `dead`, those that were moved or dropped, as well.
     """
 
     moved: Mapping[str, int] = field(default_factory=dict)
     returned: Mapping[str, int] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
+    dead: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def messages(self) -> int:
@@ -176,11 +177,15 @@ async def settle_ended(connection: Connection, batch: int) -> Settled:
 
 
 async def _settle(connection: Connection, statement: str, batch: int) -> Settled:
-    found: dict[str, Counter[str]] = {"moved": Counter(), "returned": Counter(), "dropped": Counter()}
+    found: dict[str, Counter[str]] = {
+        "moved": Counter(), "returned": Counter(), "dropped": Counter(), "dead": Counter()
+    }  # fmt: skip
     cursor = await connection.execute(statement, {"batch": batch})
     for fate, queue, target, messages in await cursor.fetchall():
         if fate in found:
             found[fate][target if fate == "moved" else queue] += messages
+        if fate in ("moved", "dropped"):
+            found["dead"][queue] += messages
     return Settled(**found)
 
 
