@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import sys
 import threading
 import time
 import uuid
+from asyncio.subprocess import PIPE
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -585,3 +588,73 @@ async def test_a_loop_whose_client_was_closed_says_so(broker_url: str) -> None:
 def test_options_that_cannot_be_meant_are_refused(options: Any) -> None:
     with pytest.raises(ValueError, match="must be 1 or more"):
         Consumer(Client(), "q", print, **options)
+
+
+PROGRAM = """
+import asyncio, sys
+from broker.client import Client
+async def handle(message):
+    print("begun", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+    print("done", flush=True)
+async def main():
+    async with Client(sys.argv[1]) as client:
+        both = [client.consume(queue, handle, concurrency=2, visibility_timeout=600) for queue in sys.argv[2:]]
+        await asyncio.gather(*both)
+    print("ended")
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def program(url: str, *queues: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a program with a loop over each of these queues until each has begun with a message."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PROGRAM, url, *queues, stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            for _ in queues:
+                assert await process.stdout.readline() == b"begun\n"
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_every_loop_of_a_program_finish(
+    broker_url: str, client: Client, queue: str, number: signal.Signals
+) -> None:
+    other = f"{queue}-other"
+    await client.create_queue(other)
+    for each in (queue, other):
+        await client.enqueue(each, 1)
+
+    async with program(broker_url, queue, other) as process:
+        process.send_signal(number)
+        async with asyncio.timeout(PATIENCE):
+            output, errors = await process.communicate(b"go\ngo\n")
+
+    assert (process.returncode, output, errors) == (0, b"done\ndone\nended\n", b"")
+    assert await empty(client, queue)
+    assert await empty(client, other)
+
+
+async def test_a_second_signal_gives_everything_back_at_once(broker_url: str, client: Client, queue: str) -> None:
+    await client.enqueue(queue, 1)
+
+    async with program(broker_url, queue) as process:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        await until(lambda: is_ready(client, queue))
+        async with asyncio.timeout(PATIENCE):
+            output, _ = await process.communicate(b"go\n")
+
+    assert output == b"ended\n"
+
+
+async def is_ready(client: Client, queue: str) -> bool:
+    return await counts(client, queue) == (1, 0, 0)
