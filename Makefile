@@ -9,8 +9,9 @@ ARGS ?=
 PG_BIN ?= /usr/lib/postgresql/15/bin
 # Tests that are not about what a database does, and those of processes that are killed, of which test-faults has its
 # own; test-postgresql leaves them out.
-NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,addresses benchmarks cli client connections docs endpoints examples \
-	packaging places processes readme receivers rpc schema signatures transport)
+NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,addresses benchmarks cli client client_docs client_retries connections \
+	consumer docs endpoints examples packaging places processes readme receivers rpc schema signatures sync_client \
+	tracing transport)
 
 # As many processes as cores share the tests, each with a PostgreSQL of its own: make test ARGS='-n 0' uses one.
 SHARED = -n auto --maxprocesses 4 --dist worksteal
