@@ -31,7 +31,7 @@ from broker.model import (
     timestamp,
 )
 from broker.rpc import Call, Method
-from broker.settings import Settings
+from broker.settings import Settings, limits_in_force
 from broker.signatures import secret_text
 from broker.storage import (
     broadcasting,
@@ -420,14 +420,7 @@ class Methods:
             "postgresql_version": facts.version,
             "durability": facts.durability,
             "processes": self.settings.processes,
-            "limits": {
-                "max_request_bytes": self.settings.max_request_bytes,
-                "max_connections": self.settings.max_connections,
-                "max_calls": self.settings.max_calls,
-                "max_waiting_consumers": self.settings.max_waiting_consumers,
-                "database_connections": self.settings.database_connections,
-                "request_timeout": self.settings.request_timeout,
-            },
+            "limits": limits_in_force(self.settings),
         }
 
     async def discover(self, call: Call) -> Mapping[str, Any]:

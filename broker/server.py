@@ -25,7 +25,8 @@ from aiohttp import web
 from broker import audit
 from broker.addresses import Guard
 from broker.auth import Auth, CallLimits
-from broker.connections import ConnectionLimits, ConnectionRunner
+from broker.bodies import ConnectionLimits
+from broker.connections import ConnectionRunner
 from broker.draining import drain, nobody_else
 from broker.entrance import Entrance
 from broker.errors import BrokerError
@@ -125,7 +126,12 @@ class Server:
         self.waiting.tell_others = self.notifications.tell
         self.sweeper = Sweeper(self.database, self.metrics, self.waiting.tell, interval=settings.sweep_interval)
         self.limits = ConnectionLimits(
-            max_body_bytes=settings.max_request_bytes, max_connections=settings.max_connections
+            header_timeout=settings.header_timeout,
+            body_timeout=settings.body_timeout,
+            body_stall_timeout=settings.body_stall_timeout,
+            keepalive_timeout=settings.keepalive_timeout,
+            max_body_bytes=settings.max_request_bytes,
+            max_connections=settings.max_connections,
         )
         guard = Guard([ip_network(each) for each in settings.webhook_allow])
         self.webhooks = self._webhooks(guard)
@@ -153,6 +159,8 @@ class Server:
             self.metrics,
             Permissions(self.database).permit,
             audit.call_ended,
+            max_nesting=settings.max_nesting,
+            max_calls_in_flight=settings.max_calls_in_flight,
         )
         self.pages = Pages(
             self.database,
@@ -166,7 +174,11 @@ class Server:
             settings, self.rpc, self.auth, self.metrics, self.limits, is_draining=lambda: self.runner.is_draining
         )
         self.runner = ConnectionRunner(
-            self._application(), limits=self.limits, guard=self.entrance.guard, shutdown_timeout=CANCEL_SECONDS
+            self._application(),
+            limits=self.limits,
+            guard=self.entrance.guard,
+            over_limit=self.metrics.over_limit,
+            shutdown_timeout=CANCEL_SECONDS,
         )
         self._services: list[asyncio.Task[None]] = []
 

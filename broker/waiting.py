@@ -188,7 +188,9 @@ class WaitingRoom:
 
     def _take_place(self) -> None:
         if self._waiting >= self._max_waiting:
-            raise Overloaded(limit=self._max_waiting, what="waiting consumers", retry_after=1)
+            raise Overloaded(
+                limit=self._max_waiting, what="waiting consumers", retry_after=1, counted_as="waiting_consumers"
+            )
         self._waiting += 1
 
     def _line(self, queue: str) -> Line:

@@ -17,7 +17,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from broker.connections import ConnectionLimits, ConnectionRunner
+from broker.bodies import ConnectionLimits
+from broker.connections import ConnectionRunner
 from broker.errors import QueueNotFound
 from broker.methods import Methods
 from broker.rpc import Call, Method, Rpc, check_methods
@@ -559,6 +560,9 @@ async def test_every_call_is_counted_by_method_and_outcome_and_what_clients_inve
         def call_ended(self, method: str, outcome: str, seconds: float) -> None:
             assert seconds >= 0
             counted.append((method, outcome))
+
+        def over_limit(self, limit: str) -> None:
+            raise AssertionError(limit)
 
     async def works(call: Call) -> int:
         return 1

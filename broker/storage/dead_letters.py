@@ -244,7 +244,8 @@ FROM broker.queues q
 WHERE q.name = %(queue)s AND q.deleted_at IS NULL
 """
 
-# Dead letters that nobody holds, and that have somewhere to go.
+# Dead letters that nobody holds, and that have somewhere to go: a queue of a subscription that has ended is none,
+# because what lies there becomes a dead letter again.
 _REDRIVEN = """
     FROM broker.messages m
     CROSS JOIN LATERAL (
@@ -252,6 +253,7 @@ _REDRIVEN = """
         FROM broker.queues q
         WHERE q.name = coalesce(%(to)s::text, m.dead_letter ->> 'source_queue') AND q.deleted_at IS NULL
             AND q.id <> m.queue_id
+            AND NOT EXISTS (SELECT FROM broker.subscriptions s WHERE s.queue_id = q.id AND s.state = 'ended')
             AND (%(like)s::text[] IS NULL OR q.name LIKE ANY (%(like)s::text[]))
     ) AS t
     WHERE m.queue_id = %(queue_id)s::int AND m.id > %(after)s::bigint AND m.id <= %(newest)s::bigint
@@ -310,8 +312,9 @@ async def redrive(
     """Move the dead letters of a queue to another one (None: each to where it came from), oldest first.
 
     Only to queues that are `like` one of these patterns of LIKE, where there are any. Those that somebody holds stay,
-    and those whose queue is no more. Works in transactions of 1,000 until it is done, has moved `max_messages`, or its
-    time is over. Raises QueueNotFound, and InvalidParams where `to` is the queue.
+    and those whose queue is no more, or is one of a subscription that has ended. Works in
+    transactions of 1,000 until it is done, has moved `max_messages`, or its time is over. Raises QueueNotFound, and
+    InvalidParams where `to` is the queue.
     """
     if to == queue:
         raise InvalidParams(reason="`to` must be another queue than `queue`.", param="to", given=to)
