@@ -119,6 +119,10 @@ site: $(INSTALLED_DOCS) ## Build the documentation as a site, build/site/index.h
 wheel: $(INSTALLED) ## Build the sdist, and from it the wheel, into dist/
 	@$(PY) -m build --no-isolation --outdir dist
 
+.PHONY: first-minute
+first-minute: wheel ## Do what a new user does, from `pip install` of the wheel on, in an empty folder
+	@timeout 600 sh tests/first_minute.sh "$$(ls -t dist/wonderq-*.whl | head -1)"
+
 .PHONY: lock
 lock: $(INSTALLED_RELEASE) ## Write docker/requirements.txt: every dependency of the image, by version and hash
 	@$(VENV)/bin/pip-compile --quiet --upgrade --generate-hashes --strip-extras --allow-unsafe --no-header \
