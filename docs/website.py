@@ -180,7 +180,7 @@ def build(root: Path) -> list[str]:
     Gathering(root, root / "build" / "pages").run()
     if found := list(faults_of_nav(root)):
         return found
-    zensical = [sys.executable, "-m", "zensical", "build", "--clean", "--strict", "--config-file", root / CONFIG]
+    zensical = [sys.executable, "-m", "zensical", "build", "--clean", "--strict", "--config-file", CONFIG]
     built = subprocess.run(zensical, cwd=root, capture_output=True, text=True, check=False)
     said = built.stdout + built.stderr
     if built.returncode or "warning" in said.lower():

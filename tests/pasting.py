@@ -2,8 +2,8 @@
 
 - A block of `sh` is pasted. Where its last command is `wonderq serve` it is left running, as in a terminal of its own,
   and the next block comes when the broker listens; one that was left running before is stopped first.
-- A block of `python` or `js` is run. Where the line before it ends in the name of a file, as "write `consumer.py`:" does,
-  it is written to that file instead, as is a block of any other language that is named so.
+- A block of `python` or `js` is run, unless the line before it ends in a file's name, as in "write `consumer.py`:" Then
+  it is written to that file, as is a block of any other language that is named so.
 - A block of `sql` is run on the page's database.
 - A block of `text` is what the block before it prints. `…` in it stands for anything within a line.
 
@@ -103,7 +103,7 @@ class Pasting:
         foreign = ("BROKER_", "DATABASE_URL", "PG", "PYTHON")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self._environ = kept | {"PATH": path, "HOME": str(folder)} | environ
+        self._environ = kept | {"PATH": path, "HOME": str(folder), **environ}
 
     def _exchange(self, text: str) -> str:
         for old, new in self._exchanged.items():
