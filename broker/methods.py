@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from broker import __version__
-from broker.errors import BrokerError, InvalidParams, QueueNotFound, error_object, forbidden_receipt
+from broker.errors import BrokerError, InvalidParams, MessageTooLarge, QueueNotFound, error_object, forbidden_receipt
 from broker.metrics import Metrics
 from broker.model import (
     Counts,
@@ -31,7 +31,7 @@ from broker.model import (
     timestamp,
 )
 from broker.rpc import Call, Method
-from broker.settings import Settings
+from broker.settings import Settings, limits_in_force
 from broker.signatures import secret_text
 from broker.storage import (
     broadcasting,
@@ -41,17 +41,21 @@ from broker.storage import (
     inspection,
     leases,
     queues,
+    statistics,
     subscriptions,
     topics,
 )
 from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.notifications import News
-from broker.storage.publishing import Published
+from broker.storage.publishing import MAX_MESSAGE_BYTES, Published
 from broker.storage.storing import Stored
+from broker.tally import DELETED, ENQUEUED, Tally
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
 MAX_HEADER_BYTES = 4096
+# Stands for a body that no queue takes, so that the database says so without having to be sent it.
+TOO_LARGE = " " * (MAX_MESSAGE_BYTES + 1)
 # More consumers than can wait.
 EVERYBODY = 2**31
 # Methods whose name is no Python name.
@@ -66,6 +70,7 @@ class Methods:
     calls: Calls
     waiting: WaitingRoom
     metrics: Metrics
+    tally: Tally
     settings: Settings
     document: Mapping[str, Any]
     # Whether a url may be pushed to: raises InvalidParams where not.
@@ -93,9 +98,11 @@ class Methods:
         ttl: float | None,
         idempotency_key: str | None,
     ) -> dict[str, Any]:
-        stored = await self._store(
-            queue, [new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)]
-        )
+        message = new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)
+        try:
+            stored = await self._store(queue, [message])
+        except MessageTooLarge as error:
+            raise too_large(error, body) from None
         return _enqueued(stored.ids[0], is_duplicate=bool(stored.duplicates))
 
     async def enqueue_batch(self, call: Call, queue: str, messages: Sequence[Any]) -> dict[str, Any]:
@@ -109,8 +116,13 @@ class Methods:
                 )
             except InvalidParams as error:
                 raise error.with_data(index=index) from None
+        over = next((index for index, each in enumerate(new) if each.body is TOO_LARGE), None)
         try:
-            stored = await self._store(queue, new)
+            stored = await self._store(queue, new if over is None else [new[over]])
+        except MessageTooLarge as error:
+            place = error.index if over is None else over
+            assert place is not None, "the error of a batch names the message"
+            raise too_large(error, messages[place].body).with_data(index=place) from None
         except BrokerError as error:
             raise error.with_data(index=error.index) if error.index is not None else error from None
         return {
@@ -252,6 +264,7 @@ class Methods:
 
     async def delete_queue(self, call: Call, queue: str) -> dict[str, Any]:
         deleted, complete = await queues.delete(self.database, queue)
+        self.tally.forget(queue)
         self.waiting.tell(News(queue, 0.0, EVERYBODY))
         return {"deleted_messages": deleted, "complete": complete}
 
@@ -264,6 +277,10 @@ class Methods:
                 raise QueueNotFound(queue=queue)
             counted = found[queue]
         return counted.counts if status is None else counted.of_status(status)
+
+    async def get_stats(self, call: Call, queue: str | None, minutes: int) -> dict[str, Any]:
+        counted = await self.database.read(lambda connection: statistics.read(connection, queue, minutes))
+        return {"queue": queue, "minutes": counted}
 
     async def list_messages(
         self, call: Call, queue: str, status: str | None, limit: int, after: str | None
@@ -289,22 +306,24 @@ class Methods:
         if body is UNSET and headers is UNSET:
             raise InvalidParams(reason="Nothing to change: name `body`, `headers` or both.", param="body")
         lease = None if receipt is None else lease_of(receipt)
-        return await self.database.write(
-            lambda connection: inspection.update(
-                connection,
-                queue,
-                message_id,
-                lease,
-                None if isinstance(body, UnsetType) else json_text(body),
-                None if isinstance(headers, UnsetType) else header_text(headers),
-                changes_headers=headers is not UNSET,
+        new_body = None if isinstance(body, UnsetType) else json_text(body)
+        new_headers = None if isinstance(headers, UnsetType) else header_text(headers)
+        changes_headers = headers is not UNSET
+        try:
+            return await self.database.write(
+                lambda connection: inspection.update(
+                    connection, queue, message_id, lease, new_body, new_headers, changes_headers=changes_headers
+                )
             )
-        )
+        except MessageTooLarge as error:
+            assert not isinstance(body, UnsetType), "headers alone are of no size here"
+            raise too_large(error, body) from None
 
     async def delete_message(self, call: Call, queue: str, message_id: str, receipt: str | None) -> dict[str, Any]:
         lease = None if receipt is None else lease_of(receipt)
         deleted = await self.database.write(lambda connection: inspection.delete(connection, queue, message_id, lease))
         self.metrics.deleted.inc(deleted)
+        self.tally.add(queue, DELETED, deleted)
         return {"deleted": deleted}
 
     async def redrive(self, call: Call, queue: str, to: str | None, max_messages: int | None) -> dict[str, Any]:
@@ -389,7 +408,10 @@ class Methods:
         idempotency_key: str | None,
     ) -> dict[str, Any]:
         message = new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)
-        published = await self.calls.publish(topic, message)
+        try:
+            published = await self.calls.publish(topic, message)
+        except MessageTooLarge as error:
+            raise too_large(error, body) from None
         self.published(published)
         return _enqueued(published.id, is_duplicate=published.is_duplicate) | {"deliveries": published.deliveries}
 
@@ -409,6 +431,8 @@ class Methods:
 
     async def broadcast(self, call: Call, topic: str) -> dict[str, Any]:
         given_out = await broadcasting.broadcast(self.database, topic)
+        for news in given_out.news:
+            self.tally.add(news.queue, ENQUEUED, news.messages)
         self._copied(given_out.news)
         return {"messages": given_out.messages, "deliveries": given_out.deliveries, "complete": given_out.complete}
 
@@ -420,14 +444,7 @@ class Methods:
             "postgresql_version": facts.version,
             "durability": facts.durability,
             "processes": self.settings.processes,
-            "limits": {
-                "max_request_bytes": self.settings.max_request_bytes,
-                "max_connections": self.settings.max_connections,
-                "max_calls": self.settings.max_calls,
-                "max_waiting_consumers": self.settings.max_waiting_consumers,
-                "database_connections": self.settings.database_connections,
-                "request_timeout": self.settings.request_timeout,
-            },
+            "limits": limits_in_force(self.settings),
         }
 
     async def discover(self, call: Call) -> Mapping[str, Any]:
@@ -458,8 +475,14 @@ def new_message(
 
 
 def json_text(body: Raw) -> str:
-    """Return a body's text, as it was sent."""
-    return bytes(body).decode()
+    """Return a body's text, as it was sent; in place of one that no queue takes another one that none takes."""
+    text = bytes(body)
+    return text.decode() if len(text) <= MAX_MESSAGE_BYTES else TOO_LARGE
+
+
+def too_large(error: MessageTooLarge, body: Raw) -> MessageTooLarge:
+    """Return the error for a body that is larger than the text that was refused in its place."""
+    return MessageTooLarge(index=error.index, **error.extra | {"given": len(bytes(body))})
 
 
 def header_text(headers: dict[str, str], where: str = "headers") -> str | None:

@@ -15,10 +15,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # The sources of this tree, whatever is installed.
 
-from cli_reference import render_cli  # noqa: E402
-
 from broker.settings import Setting, settings_table  # noqa: E402
 from broker.storage.outcomes import ANY_OTHER_SQLSTATE, BY_MOMENT, BY_SQLSTATE, Failure  # noqa: E402
+from cli_reference import render_cli  # noqa: E402
 
 Json = dict[str, Any]
 DOCUMENT: Json = json.loads((ROOT / "rpc_schema.json").read_text("utf-8"))

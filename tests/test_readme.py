@@ -56,16 +56,6 @@ async def test_the_session_with_curl_works_when_pasted(broker: Broker) -> None:
     assert '"total":0' in output
 
 
-async def test_the_commands_work_when_pasted(broker: Broker) -> None:
-    (commands,) = [text for text in blocks(README, "sh") if "wonderq send" in text]
-    # The tests' database keeps nothing, which doctor finds.
-    text = commands.replace("wonderq doctor", "wonderq doctor || test $? = 1")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    output = await run("sh", "-eu", text=text, BROKER_URL=broker.url, PATH=path)
-    assert 'attempt 1  {"hello": "world"}' in output
-    assert "is ready" in output
-
-
 async def test_the_python_snippet_works_when_pasted(broker: Broker) -> None:
     snippet = block("python", "from broker.client import Client").replace(ADDRESS, broker.url)
     assert "{'hello': 'world'}" in await run(sys.executable, "-", text=snippet)

@@ -42,7 +42,7 @@ async def first_page(url: str, method: str, prefix: str) -> Any:
     """Ask for the names that begin like this."""
     from broker.client import Client
 
-    async with Client(url, token=os.environ.get("BROKER_TOKEN") or None) as client:
+    async with Client(url, token=os.environ.get("BROKER_TOKEN") or None, deadline=0) as client:
         return await client.call(method, prefix=prefix, limit=MOST_NAMES)
 
 

@@ -95,7 +95,8 @@ class Conversation:
 def talking_to(url: str) -> Iterator[Conversation]:
     """Yield a conversation with the broker at a URL; an error of it that nobody caught ends the command."""
     try:
-        client = Client(url, token=os.environ.get("BROKER_TOKEN") or None)
+        # A person sees an error sooner than a broker comes back; `ask_repeatedly` is for what may be repeated.
+        client = Client(url, token=os.environ.get("BROKER_TOKEN") or None, deadline=0)
     except ValueError as error:
         raise click.UsageError(printable(str(error))) from None
     with asyncio.Runner() as runner:
