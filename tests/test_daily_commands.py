@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from click.testing import Result
 
 from broker.cli import connecting, lines
 from broker.cli.output import duration, printable
-from broker.cli.statistics import line_of, rows_of
+from broker.cli.statistics import MOST_BARS, line_of, rows_of
 from broker.client import ConnectionFailed
 from conftest import Broker, StartBroker
-from outside import PATIENCE, eventually
+from outside import PATIENCE, eventually, without_database
 from test_cli import run
 
 WONDERQ = [sys.executable, "-m", "broker"]
@@ -405,9 +407,84 @@ async def test_topics_are_shown_with_their_subscriptions_and_how_those_fare(star
     assert [each["name"] for each in news["subscriptions"]] == ["copies", "pushed"]
 
 
+async def totals(broker: Broker, *words: str) -> dict[str, int]:
+    """Return what `stats` shows in all, by kind."""
+    lines = (await done(broker, "stats", *words)).splitlines()[2:]
+    return {name: int(in_all) for name, _, _, in_all, *_ in (line.split() for line in lines)}
+
+
+async def test_stats_show_what_went_through_a_queue_and_through_all(broker: Broker) -> None:
+    await broker.call("create_queue", queue="mail")
+    await done(broker, "send", "mail", text="1\n2\n3\n")
+    await done(broker, "send", "default", "1")
+    await done(broker, "receive", "mail", "--max", "2")
+
+    async def all_is_counted() -> bool:
+        return (await totals(broker))["enqueued"] == 4 and (await totals(broker, "mail"))["deleted"] == 2
+
+    await eventually(all_is_counted)
+    assert (await totals(broker))["deleted"] == 2
+    expected = {"enqueued": 3, "delivered": 2, "deleted": 2, "returned": 0, "dead": 0, "expired": 0}
+    assert await totals(broker, "mail", "--minutes", "1440") == expected
+    shown = json.loads(await done(broker, "stats", "mail", "--json", "--minutes", "5"))
+    assert (shown["queue"], len(shown["minutes"])) == ("mail", 5)
+    for words in (["--minutes", "0"], ["--minutes", "1441"]):
+        assert (await wonderq(broker, "stats", *words)).exit_code == 2
+
+
+async def test_stats_are_watched_until_ctrl_c_which_is_how_one_ends_it(broker: Broker) -> None:
+    process = await start(broker, "stats", "--watch", "--json")
+    assert process.stdout is not None
+    async with asyncio.timeout(PATIENCE):
+        for _ in range(2):
+            assert len(json.loads(await process.stdout.readline())["minutes"]) == 15
+    process.send_signal(signal.SIGINT)
+    assert (await ended(process))[1:] == ("", 0)
+
+
+async def test_stats_on_a_terminal_stay_in_their_place_and_outlast_a_database_that_is_away(
+    start_broker: StartBroker, test_server: str, database_url: str
+) -> None:
+    broker = await start_broker(request_timeout=0.5)
+    shown, code = await asyncio.to_thread(watched, broker, without_database(test_server, database_url))
+    assert code == 0
+    assert shown.index("enqueued") < shown.index("Ctrl-C ends it.") < shown.index("(unavailable")
+
+
+def watched(broker: Broker, outage: AbstractContextManager[None]) -> tuple[str, int]:
+    """Watch the figures on a terminal before an outage, in it and after it; return all that was shown."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*WONDERQ, "stats", "--watch"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**environment(broker), "TERM": "xterm"},
+    ) as process:
+        os.close(theirs)
+        shown = until(ours, b"Ctrl-C ends it.")
+        with outage:
+            shown += until(ours, b"(unavailable")
+        shown += until(ours, b"Ctrl-C ends it.")
+        process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE)
+    os.close(ours)
+    return shown.decode(), process.returncode
+
+
+def until(descriptor: int, text: bytes) -> bytes:
+    """Read from a terminal until a text has come."""
+    shown = b""
+    while text not in shown:
+        assert select.select([descriptor], [], [], PATIENCE)[0], shown
+        shown += os.read(descriptor, 4096)
+    return shown
+
+
 def test_figures_are_drawn_as_bars_of_which_the_highest_is_full_and_nothing_is_nothing() -> None:
     assert line_of([0, 1, 50, 100]) == " ▁▄█"
     assert line_of([0, 0]) == ""
+    assert len(line_of([1] * 1440)) == len(line_of([1] * 30)) == MOST_BARS
     names = ("enqueued", "delivered", "deleted", "returned", "dead", "expired")
     minutes = [{"started_at": "", **dict.fromkeys(names, n)} for n in (0, 60, 7)]
     assert rows_of(minutes)[0] == ("enqueued", "1.0", "7", "67", " █▁")

@@ -72,9 +72,12 @@ class Conversation:
             except BrokerError as error:
                 passes = error.type in PASSES or error.outcome == "unknown"
                 is_lost = isinstance(error, ConnectionFailed) and not self._has_answered and error.outcome == "none"
-                if not passes or is_lost or time.monotonic() + pause > give_up_at:
+                # Random, so that several do not come back together, and not before the broker wants it.
+                asked_for = error.data.get("retry_after", 0)
+                waits = asked_for + pause * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
+                if not passes or is_lost or time.monotonic() + waits > give_up_at:
                     raise
-            time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - so that several do not come back together
+            time.sleep(waits)
             pause = min(2 * pause, PAUSE_SECONDS[1])
 
     def pages(self, method: str, key: str, at_most: int | None = None, **params: Any) -> Iterator[msgspec.Raw]:

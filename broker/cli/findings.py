@@ -139,9 +139,9 @@ def settings(facts: BrokerFacts) -> Iterable[Finding]:
             "Ask with a token that has --admin, in BROKER_TOKEN.",
         )
         return
-    limits = facts.server["limits"]
-    said = ", ".join(f"{name} {value:,}" for name, value in limits.items())
-    yield Finding("ok", "settings", f"processes {facts.server['processes']}, {said}")
+    connections = facts.server["limits"]["database_connections"]
+    said = f"--processes {facts.server['processes']}, each with --database-connections {connections}"
+    yield Finding("ok", "settings", f"{said}; wonderq call get_server shows all limits")
 
 
 def is_loopback(url: str) -> bool:
