@@ -128,7 +128,11 @@ class Metrics:
         )
         for limit in LIMITS:
             self.refused.labels(limit)
-        self.sweeps = Counter("wonderq_sweeps", "Sweeps by outcome.", ["outcome"], registry=self.registry)
+        self.sweeps = Counter(
+            "wonderq_sweeps", "Sweeps by outcome: done or failed.", ["outcome"], registry=self.registry
+        )
+        for outcome in ("done", "failed"):
+            self.sweeps.labels(outcome)
         self.breaker = self._gauge(
             "wonderq_breaker_open", "Processes that send no writes, because PostgreSQL could not confirm them."
         )
