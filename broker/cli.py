@@ -360,7 +360,8 @@ def call_and_print(url: str, method: str, params: dict[str, str]) -> None:
             return await client.call_json(method, params)
 
     try:
-        client = Client(url, token=os.environ.get("BROKER_TOKEN") or None)
+        # A person sees an error sooner than a broker comes back, and may call again.
+        client = Client(url, token=os.environ.get("BROKER_TOKEN") or None, deadline=0)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     try:
