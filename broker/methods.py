@@ -106,6 +106,7 @@ class Methods:
         return _enqueued(stored.ids[0], is_duplicate=bool(stored.duplicates))
 
     async def enqueue_batch(self, call: Call, queue: str, messages: Sequence[Any]) -> dict[str, Any]:
+        self.metrics.batch("enqueue_batch", len(messages))
         new = []
         for index, each in enumerate(messages):
             try:
@@ -162,6 +163,7 @@ class Methods:
         if taken.leases:
             call.undo.append(lambda: self.waiting.give_back_soon(queue, taken))
         self.metrics.delivered.inc(len(taken.messages))
+        self.metrics.batch("dequeue", len(taken.messages))
         return {"messages": taken.messages}
 
     async def delete(self, call: Call, receipt: str) -> dict[str, Any]:
@@ -172,6 +174,7 @@ class Methods:
         return {"deleted": deleted}
 
     async def delete_batch(self, call: Call, receipts: Sequence[str]) -> dict[str, Any]:
+        self.metrics.batch("delete_batch", len(receipts))
         results = await self._for_receipts(call, receipts, self.calls.delete)
         self.metrics.deleted.inc(sum(result is True for result in results))
         return {
@@ -190,6 +193,7 @@ class Methods:
     async def extend_visibility_batch(
         self, call: Call, receipts: Sequence[str], visibility_timeout: float
     ) -> dict[str, Any]:
+        self.metrics.batch("extend_visibility_batch", len(receipts))
         results = await self._for_receipts(call, receipts, lambda held: self._extend(held, visibility_timeout))
         return {
             "results": [

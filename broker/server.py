@@ -76,6 +76,11 @@ STATISTICS_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 # How often one of several processes says what its gauges are.
 GAUGES_SECONDS = 0.5
+# Limits that the metrics say beside what has been used of them.
+SHOWN_LIMITS = (
+    "max_connections", "max_calls", "max_calls_in_flight", "max_waiting_consumers", "database_connections",
+    "webhook_total",
+)  # fmt: skip
 GC_THRESHOLDS = (20_000, 20, 20)
 
 
@@ -110,6 +115,7 @@ class Server:
         self._share = share
         self._tls = tls_of(settings)
         self.metrics = Metrics(share.metrics_folder if share else None)
+        self.metrics.show_limits({name: getattr(settings, name) for name in SHOWN_LIMITS})
         self.tally = Tally()
         self.database = Database(
             conninfo,
@@ -125,6 +131,7 @@ class Server:
             stored=lambda queue, stored: self.methods.stored(queue, stored),
             published=lambda published: self.methods.published(published),
             watch=self.metrics.statement_ended,
+            watch_ages=self.metrics.lease_age.observe_all,
             tally=self.tally,
         )
         self.waiting = WaitingRoom(
@@ -217,6 +224,12 @@ class Server:
         self.metrics.breaker.set(self.database.breaker.reason is not None)
         self.metrics.connections.set(len(self.runner.connections))
         self.metrics.pushing.set(self.webhooks.under_way)
+        self.metrics.in_flight.set(self.rpc.in_flight)
+        self.metrics.calls_waiting.set(self.calls.waiting + self.database.waiting)
+        connections, busy = self.database.pool_use()
+        self.metrics.pool.set(connections)
+        self.metrics.pool_busy.set(busy)
+        self.metrics.settle()
 
     async def _show_gauges(self) -> None:
         while True:
