@@ -11,6 +11,7 @@ from typing import TypeVar
 import click
 import psycopg
 
+from broker import audit
 from broker.cli.commands import GroupWithExamples, WithExamples
 from broker.cli.setting_options import with_settings
 from broker.credentials import is_pattern
@@ -118,7 +119,9 @@ def create_token(
     While one token is replaced by another, both may have the same NAME.
     """
     grant = Grant(**patterns, admin=admin)
-    click.echo(on_the_database(settings, lambda connection: tokens.create(connection, name, grant, expires_in)))
+    made = on_the_database(settings, lambda connection: tokens.create(connection, name, grant, expires_in))
+    click.echo(audit.command_line("token_create", "ok", name=name, token_id=made[3:].partition(".")[0]), err=True)
+    click.echo(made)
 
 
 @token.command("list", cls=WithExamples, examples=("wonderq token list", "wonderq token list --json"))
@@ -153,4 +156,5 @@ def revoke_token(settings: Settings, name: str, older: bool) -> None:
     revoked = on_the_database(settings, lambda connection: tokens.revoke(connection, name, older=older))
     if not revoked:
         raise click.ClickException(f"There is no token called {name} to revoke; see token list.")
+    click.echo(audit.command_line("token_revoke", "ok", name=name, revoked=revoked), err=True)
     click.echo(f"revoked {revoked}")
