@@ -49,6 +49,7 @@ from broker.storage.database import Database
 from broker.storage.notifications import News
 from broker.storage.publishing import Published
 from broker.storage.storing import Stored
+from broker.storage.tokens import Grant
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
 MAX_HEADER_BYTES = 4096
@@ -56,6 +57,8 @@ MAX_HEADER_BYTES = 4096
 EVERYBODY = 2**31
 # Methods whose name is no Python name.
 RENAMED = {"discover": "rpc.discover"}
+# What those may do of whom no token is asked.
+EVERYTHING = Grant(send=("*",), receive=("*",), manage=("*",), admin=True)
 
 
 @dataclass
@@ -230,9 +233,13 @@ class Methods:
             raise QueueNotFound(queue=queue)
         return found
 
-    async def list_queues(self, call: Call, prefix: str, counts: bool, limit: int, after: str | None) -> dict[str, Any]:
+    async def list_queues(
+        self, call: Call, prefix: str, counts: bool, dead_letter_queues: bool, limit: int, after: str | None
+    ) -> dict[str, Any]:
         page, next_name = await self.database.read(
-            lambda connection: queues.list_by_name(connection, prefix, limit, after, like=may_manage(call))
+            lambda connection: queues.list_by_name(
+                connection, prefix, limit, after, like=may_manage(call), are_targets=dead_letter_queues
+            )
         )
         return {"queues": await self._add_counts(page) if counts else page, "next": next_name}
 
@@ -411,6 +418,18 @@ class Methods:
         given_out = await broadcasting.broadcast(self.database, topic)
         self._copied(given_out.news)
         return {"messages": given_out.messages, "deliveries": given_out.deliveries, "complete": given_out.complete}
+
+    async def get_caller(self, call: Call) -> dict[str, Any]:
+        caller = call.caller
+        grant = EVERYTHING if caller is None else caller.grant
+        return {
+            "name": None if caller is None else caller.name,
+            "auth_required": caller is not None,
+            "send": grant.send,
+            "receive": grant.receive,
+            "manage": grant.manage,
+            "admin": grant.admin,
+        }
 
     async def get_server(self, call: Call) -> dict[str, Any]:
         facts = await self.database.read(durability.server_facts)
