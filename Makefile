@@ -22,6 +22,7 @@ PY = $(VENV)/bin/python
 # not count where the Python went away that .venv was made with.
 INSTALLED := $(VENV)/.installed-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
 INSTALLED_RELEASE = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-release-%)
+INSTALLED_E2E = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-e2e-%)
 INSTALLED_BENCH = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-bench-%)
 $(shell [ -x $(PY) ] || rm -f $(VENV)/.installed-*)
 
@@ -69,6 +70,14 @@ soak: $(INSTALLED) ## Let random faults happen for as long as asked: make soak A
 .PHONY: test-nightly
 test-nightly: $(INSTALLED) ## Run what takes hours or root: seeded bugs, power cuts, full disks, Patroni, long soak (ARGS='PART ... --quick')
 	@PG_BIN=$(PG_BIN) PYTHONPATH=tests/faults $(PY) tests/nightly/nightly.py $(ARGS)
+
+.PHONY: e2e
+e2e: $(INSTALLED_E2E) ## Look at the dashboard in a real browser: Debian's chromium, or the one that CHROMIUM names
+	@$(PY) -m pytest -n 0 tests/e2e $(ARGS)
+
+.PHONY: screenshots
+screenshots: $(INSTALLED_E2E) ## Write the pictures of docs/images anew
+	@SCREENSHOTS=docs/images $(PY) -m pytest -n 0 tests/e2e/test_pictures.py $(ARGS)
 
 .PHONY: bench
 bench: $(INSTALLED_BENCH) ## Measure beside the peers that are installed, in under ten minutes; needs wrk
@@ -145,6 +154,11 @@ $(INSTALLED):
 $(INSTALLED_RELEASE): $(INSTALLED)
 	@echo "Installing what locks and audits"
 	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev,release]'
+	@touch $@
+
+$(INSTALLED_E2E): $(INSTALLED)
+	@echo "Installing what drives a browser"
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev,e2e]'
 	@touch $@
 
 $(INSTALLED_BENCH): $(INSTALLED)

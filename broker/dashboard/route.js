@@ -30,7 +30,8 @@ const before = new Map();
 export function neighbours(page, name, params, next) {
   const here = link(page, name, params);
   const following = next === null || next === undefined ? null : link(page, name, { ...params, after: next });
-  if (following) before.set(following, here);
+  // Until its answer is there, a page still has the cursor that leads to itself.
+  if (following && following !== here) before.set(following, here);
   const first = link(page, name, { ...params, after: "" });
   return { next: following, previous: params.after ? (before.get(here) ?? first) : null };
 }
