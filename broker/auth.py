@@ -79,13 +79,23 @@ class Caller:
     def begin(self) -> None:
         """Count a call that begins; `end` is to be called for it. Raises Overloaded."""
         if self.in_flight >= self.limits.in_flight:
-            raise Overloaded(limit=self.limits.in_flight, what="calls in flight for one token", retry_after=1)
+            raise Overloaded(
+                limit=self.limits.in_flight,
+                what="calls in flight for one token",
+                retry_after=1,
+                counted_as="calls_per_token",
+            )
         now = time.monotonic()
         per_second = self.limits.per_second
         self._left = min(per_second, self._left + (now - self._counted_at) * per_second)
         self._counted_at = now
         if self._left < 1:
-            raise Overloaded(limit=per_second, what="calls a second for one token", retry_after=1)
+            raise Overloaded(
+                limit=per_second,
+                what="calls a second for one token",
+                retry_after=1,
+                counted_as="call_rate_per_token",
+            )
         self._left -= 1
         self.in_flight += 1
 

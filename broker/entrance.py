@@ -15,7 +15,8 @@ from aiohttp import web
 
 from broker import audit
 from broker.auth import Auth, Caller, Throttled, Unauthorized
-from broker.connections import MORE_HEADERS, ConnectionLimits, read_body
+from broker.bodies import ConnectionLimits, read_body
+from broker.connections import MORE_HEADERS
 from broker.errors import BrokerError, Forbidden, InvalidRequest, Overloaded, Unavailable, error_answer
 from broker.metrics import Metrics
 from broker.pages import unavailable
@@ -121,6 +122,7 @@ class Entrance:
             raise RefusedLogin(refuse(401, Forbidden(reason=reason), {"WWW-Authenticate": "Bearer"})) from None
         except Throttled as throttled:
             self._metrics.refused_logins.labels("throttled").inc()
+            self._metrics.over_limit("failed_logins")
             retry_after = math.ceil(throttled.retry_after)
             limit = self._max_failed_logins
             refusal = Overloaded(limit=limit, what="failed logins from this address", retry_after=retry_after)

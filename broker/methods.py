@@ -31,7 +31,7 @@ from broker.model import (
     timestamp,
 )
 from broker.rpc import Call, Method
-from broker.settings import Settings
+from broker.settings import Settings, limits_in_force
 from broker.signatures import secret_text
 from broker.storage import (
     broadcasting,
@@ -41,6 +41,7 @@ from broker.storage import (
     inspection,
     leases,
     queues,
+    statistics,
     subscriptions,
     topics,
 )
@@ -50,6 +51,7 @@ from broker.storage.notifications import News
 from broker.storage.publishing import Published
 from broker.storage.storing import Stored
 from broker.storage.tokens import Grant
+from broker.tally import DELETED, ENQUEUED, Tally
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
 MAX_HEADER_BYTES = 4096
@@ -69,6 +71,7 @@ class Methods:
     calls: Calls
     waiting: WaitingRoom
     metrics: Metrics
+    tally: Tally
     settings: Settings
     document: Mapping[str, Any]
     # Whether a url may be pushed to: raises InvalidParams where not.
@@ -259,6 +262,7 @@ class Methods:
 
     async def delete_queue(self, call: Call, queue: str) -> dict[str, Any]:
         deleted, complete = await queues.delete(self.database, queue)
+        self.tally.forget(queue)
         self.waiting.tell(News(queue, 0.0, EVERYBODY))
         return {"deleted_messages": deleted, "complete": complete}
 
@@ -271,6 +275,10 @@ class Methods:
                 raise QueueNotFound(queue=queue)
             counted = found[queue]
         return counted.counts if status is None else counted.of_status(status)
+
+    async def get_stats(self, call: Call, queue: str | None, minutes: int) -> dict[str, Any]:
+        counted = await self.database.read(lambda connection: statistics.read(connection, queue, minutes))
+        return {"queue": queue, "minutes": counted}
 
     async def list_messages(
         self, call: Call, queue: str, status: str | None, limit: int, after: str | None
@@ -312,6 +320,7 @@ class Methods:
         lease = None if receipt is None else lease_of(receipt)
         deleted = await self.database.write(lambda connection: inspection.delete(connection, queue, message_id, lease))
         self.metrics.deleted.inc(deleted)
+        self.tally.add(queue, DELETED, deleted)
         return {"deleted": deleted}
 
     async def redrive(self, call: Call, queue: str, to: str | None, max_messages: int | None) -> dict[str, Any]:
@@ -416,6 +425,8 @@ class Methods:
 
     async def broadcast(self, call: Call, topic: str) -> dict[str, Any]:
         given_out = await broadcasting.broadcast(self.database, topic)
+        for news in given_out.news:
+            self.tally.add(news.queue, ENQUEUED, news.messages)
         self._copied(given_out.news)
         return {"messages": given_out.messages, "deliveries": given_out.deliveries, "complete": given_out.complete}
 
@@ -439,14 +450,7 @@ class Methods:
             "postgresql_version": facts.version,
             "durability": facts.durability,
             "processes": self.settings.processes,
-            "limits": {
-                "max_request_bytes": self.settings.max_request_bytes,
-                "max_connections": self.settings.max_connections,
-                "max_calls": self.settings.max_calls,
-                "max_waiting_consumers": self.settings.max_waiting_consumers,
-                "database_connections": self.settings.database_connections,
-                "request_timeout": self.settings.request_timeout,
-            },
+            "limits": limits_in_force(self.settings),
         }
 
     async def discover(self, call: Call) -> Mapping[str, Any]:

@@ -29,6 +29,11 @@ from broker.model import Counts
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Queues shown one by one; the first by name.
 MAX_QUEUES_SHOWN = 100
+# What can be over: most are named as the setting, without max_ or timeout.
+LIMITS = (
+    "request_bytes", "nesting", "batch", "header_time", "body_time", "connections", "waiting_consumers", "calls",
+    "calls_in_flight", "calls_per_token", "call_rate_per_token", "failed_logins", "subscriptions", "secrets",
+)  # fmt: skip
 
 
 # The times at which counters were made: no process knows them of all, and nobody asks.
@@ -98,6 +103,14 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self.refused = Counter(
+            "wonderq_refused",
+            "What was refused, or closed, because it was over a limit of the broker, by limit.",
+            ["limit"],
+            registry=self.registry,
+        )
+        for limit in LIMITS:
+            self.refused.labels(limit)
         self.sweeps = Counter("wonderq_sweeps", "Sweeps by outcome.", ["outcome"], registry=self.registry)
         self.breaker = self._gauge(
             "wonderq_breaker_open", "Processes that send no writes, because PostgreSQL could not confirm them."
@@ -143,6 +156,10 @@ class Metrics:
             self._counted_calls[method, outcome] = count, observe
         count()
         observe(seconds)
+
+    def over_limit(self, limit: str) -> None:
+        """Count something that was refused because it was over a limit, one of LIMITS."""
+        self.refused.labels(limit).inc()
 
     def statement_ended(self, call: str, calls: int) -> None:
         """Count one statement, and the calls that it carried."""

@@ -31,8 +31,10 @@ from jsonrpcserver.sentinels import NOID
 from msgspec import Raw
 from oslash.either import Left
 
+from broker.answers import json_answer
 from broker.auth import Caller
-from broker.connections import ConnectionLimits, client_has_hung_up, json_answer, read_body, send
+from broker.bodies import ConnectionLimits, read_body
+from broker.connections import client_has_hung_up, send
 from broker.errors import (
     BrokerError,
     Forbidden,
@@ -40,6 +42,7 @@ from broker.errors import (
     InvalidParams,
     InvalidRequest,
     MethodNotFound,
+    Overloaded,
     ParseError,
     error_answer,
 )
@@ -49,6 +52,7 @@ log = logging.getLogger("broker.rpc")
 
 MAX_BATCH = 1_000
 MAX_NESTING = 128
+MAX_CALLS_IN_FLIGHT = 20_000
 
 _NULL = Raw(b"null")
 _NOTHING = Raw(b"")
@@ -84,9 +88,11 @@ async def nobody_is_asked(call: Call, schema: MethodSchema, params: Mapping[str,
 
 
 class Watcher(Protocol):
-    """Hears of every call that was carried out."""
+    """Hears of every call that was carried out, and of every one that was over a limit."""
 
     def call_ended(self, method: str, outcome: str, seconds: float) -> None: ...
+
+    def over_limit(self, limit: str) -> None: ...
 
 
 class _Envelope(msgspec.Struct):
@@ -136,12 +142,18 @@ class Rpc:
         watcher: Watcher | None = None,
         permit: Permit = nobody_is_asked,
         audit: Audit = lambda call, schema, params, outcome: None,
+        *,
+        max_nesting: int = MAX_NESTING,
+        max_calls_in_flight: int = MAX_CALLS_IN_FLIGHT,
     ) -> None:
         check_methods(schemas, methods)
         self._schemas = schemas
         self._permit = permit
         self._audit = audit
         self._limits = limits
+        self._max_nesting = max_nesting
+        self._max_in_flight = max_calls_in_flight
+        self._in_flight = 0
         self._watcher = watcher
         self._methods = {name: _for_jsonrpcserver(method) for name, method in methods.items()}
 
@@ -175,8 +187,9 @@ class Rpc:
         What has to be undone if the answer does not arrive is added to `undo`.
         """
         try:
-            elements = _elements(text)
+            elements = _elements(text, self._max_nesting)
         except BrokerError as error:
+            self._count_refusal(error)
             return error_answer(error)
         if elements is None:
             return await self._answer_one(Raw(text), Call(undo=undo, caller=caller, address=address))
@@ -191,7 +204,7 @@ class Rpc:
         call_id = _NULL
         name = "invalid"
         try:
-            envelope = _envelope(element)
+            envelope = _envelope(element, self._max_nesting)
             call.is_notification = not bytes(envelope.id)
             call_id = _id(envelope)
             method = _method(envelope)
@@ -216,8 +229,13 @@ class Rpc:
         """Return the result of a method, if the caller may call it now, and let it be told of those who administer."""
         outcome = "failed"
         caller = call.caller
+        if self._in_flight >= self._max_in_flight:
+            raise Overloaded(
+                limit=self._max_in_flight, what="calls in flight", retry_after=1, counted_as="calls_in_flight"
+            )
         if caller is not None:
             caller.begin()
+        self._in_flight += 1
         try:
             if caller is not None:
                 await self._permit(call, schema, kwargs)
@@ -228,15 +246,21 @@ class Rpc:
             outcome = error.type
             raise
         finally:
+            self._in_flight -= 1
             if caller is not None:
                 caller.end()
             if schema.is_administrative or outcome == Forbidden.type:
                 self._audit(call, schema, kwargs, outcome)
 
     def _refused(self, name: str, error: BrokerError, call_id: Raw, call: Call, began_at: float) -> bytes | None:
+        self._count_refusal(error)
         if self._watcher is not None:
             self._watcher.call_ended(name, error.type, time.perf_counter() - began_at)
         return None if call.is_notification else error_answer(error, call_id)
+
+    def _count_refusal(self, error: BrokerError) -> None:
+        if error.counted_as is not None and self._watcher is not None:
+            self._watcher.over_limit(error.counted_as)
 
     async def _dispatch(self, method: str, kwargs: dict[str, Any], call: Call) -> bytes:
         """Call a method through jsonrpcserver; return its result as JSON or raise its error."""
@@ -276,7 +300,7 @@ def _internal_error(outcome: str) -> InternalError:
     return InternalError(outcome=outcome, request_id=uuid4().hex[:12])
 
 
-def _elements(text: bytes) -> list[Raw] | None:
+def _elements(text: bytes, max_nesting: int) -> list[Raw] | None:
     """Return the elements of a batch, None where the text is a single request. Raises ParseError, InvalidRequest."""
     try:
         text.decode()
@@ -285,35 +309,36 @@ def _elements(text: bytes) -> list[Raw] | None:
             return None
         if _TOO_MANY_SMALL.match(text):
             _read_any(text)
-            raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls")
-        elements = _read_batch(text)
+            raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls", counted_as="batch")
+        elements = _read_batch(text, max_nesting)
     except UnicodeDecodeError as error:
         raise ParseError(reason=f"byte {error.start} is not UTF-8") from None
     except msgspec.DecodeError as error:
         raise ParseError(reason=_without_prefix(str(error))) from None
     except RecursionError:
-        raise _too_deep() from None
+        raise _too_deep(max_nesting) from None
     if not elements:
         raise InvalidRequest(reason="a batch holds at least one call")
     if len(elements) > MAX_BATCH:
-        raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls, and this one has {len(elements)}")
+        reason = f"a batch holds at most {MAX_BATCH} calls, and this one has {len(elements)}"
+        raise InvalidRequest(reason=reason, counted_as="batch")
     return elements
 
 
-def _read_batch(text: bytes) -> list[Raw]:
+def _read_batch(text: bytes, max_nesting: int) -> list[Raw]:
     try:
         return _read_elements(text)
     except RecursionError:
-        return _split(text)
+        return _split(text, max_nesting)
 
 
-def _split(text: bytes) -> list[Raw]:
+def _split(text: bytes, max_nesting: int) -> list[Raw]:
     """Return the elements of a batch that is nested too deep for the parser; those that are not to blame are read.
 
     Raises InvalidRequest where the text is too long to be taken apart here, which takes ten times as long.
     """
     if len(text) > _SPLIT_BYTES:
-        raise _too_deep()
+        raise _too_deep(max_nesting)
     elements = []
     depth = 0
     begins_at = text.index(b"[") + 1
@@ -327,7 +352,7 @@ def _split(text: bytes) -> list[Raw]:
             element = text[begins_at : ends_at - 1]
             begins_at = ends_at
             # What is too deep is not parsed here and will be refused by its nesting.
-            elements.append(Raw(element) if nesting(element) > MAX_NESTING else _read_any(element))
+            elements.append(Raw(element) if nesting(element) > max_nesting else _read_any(element))
         if depth == 0:
             break
     if depth or text[begins_at:].strip(b" \t\r\n"):
@@ -341,8 +366,8 @@ def _without_prefix(message: str) -> str:
     return message.removeprefix("JSON is malformed: ")
 
 
-def _too_deep() -> InvalidRequest:
-    return InvalidRequest(reason=f"it is nested deeper than {MAX_NESTING}")
+def _too_deep(max_nesting: int) -> InvalidRequest:
+    return InvalidRequest(reason=f"it is nested deeper than {max_nesting}", counted_as="nesting")
 
 
 def nesting(text: bytes) -> int:
@@ -362,11 +387,11 @@ def nesting(text: bytes) -> int:
     return deepest
 
 
-def _envelope(element: Raw) -> _Envelope:
+def _envelope(element: Raw, max_nesting: int) -> _Envelope:
     text = bytes(element)
     # Few brackets cannot be deep; only where there are many is their nesting counted.
-    if text.count(b"[") + text.count(b"{") > MAX_NESTING and nesting(text) > MAX_NESTING:
-        raise _too_deep()
+    if text.count(b"[") + text.count(b"{") > max_nesting and nesting(text) > max_nesting:
+        raise _too_deep(max_nesting)
     try:
         return _read_envelope(element)
     except msgspec.ValidationError:

@@ -25,7 +25,8 @@ from aiohttp import web
 from broker import audit
 from broker.addresses import Guard
 from broker.auth import Auth, CallLimits
-from broker.connections import ConnectionLimits, ConnectionRunner
+from broker.bodies import ConnectionLimits
+from broker.connections import ConnectionRunner
 from broker.draining import drain, nobody_else
 from broker.entrance import Entrance
 from broker.errors import BrokerError
@@ -50,11 +51,13 @@ from broker.starting import (
     unless_stopped,
     url_of,
 )
+from broker.statistics import Statistics
 from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.migrate import MigrationError
 from broker.storage.notifications import Notifications
 from broker.sweeper import Sweeper
+from broker.tally import Tally
 from broker.tls import Site
 from broker.waiting import WaitingRoom
 from broker.webhooks import PushLimits, Webhooks
@@ -69,6 +72,7 @@ PUSH_SECONDS = 4.0
 CANCEL_SECONDS = 0.25
 UNDO_SECONDS = 1.0
 STOP_SERVICES_SECONDS = 0.5
+STATISTICS_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 # How often one of several processes says what its gauges are.
 GAUGES_SECONDS = 0.5
@@ -106,6 +110,7 @@ class Server:
         self._share = share
         self._tls = tls_of(settings)
         self.metrics = Metrics(share.metrics_folder if share else None)
+        self.tally = Tally()
         self.database = Database(
             conninfo,
             connections=settings.database_connections,
@@ -120,13 +125,24 @@ class Server:
             stored=lambda queue, stored: self.methods.stored(queue, stored),
             published=lambda published: self.methods.published(published),
             watch=self.metrics.statement_ended,
+            tally=self.tally,
         )
-        self.waiting = WaitingRoom(self.database, self.calls, max_waiting=settings.max_waiting_consumers)
+        self.waiting = WaitingRoom(
+            self.database, self.calls, max_waiting=settings.max_waiting_consumers, tally=self.tally
+        )
         self.notifications = Notifications(self.database, self.waiting.hear, self.waiting.look_at_all)
         self.waiting.tell_others = self.notifications.tell
-        self.sweeper = Sweeper(self.database, self.metrics, self.waiting.tell, interval=settings.sweep_interval)
+        self.sweeper = Sweeper(
+            self.database, self.metrics, self.tally, self.waiting.tell, interval=settings.sweep_interval
+        )
+        self.statistics = Statistics(self.database, self.tally)
         self.limits = ConnectionLimits(
-            max_body_bytes=settings.max_request_bytes, max_connections=settings.max_connections
+            header_timeout=settings.header_timeout,
+            body_timeout=settings.body_timeout,
+            body_stall_timeout=settings.body_stall_timeout,
+            keepalive_timeout=settings.keepalive_timeout,
+            max_body_bytes=settings.max_request_bytes,
+            max_connections=settings.max_connections,
         )
         guard = Guard([ip_network(each) for each in settings.webhook_allow])
         self.webhooks = self._webhooks(guard)
@@ -136,6 +152,7 @@ class Server:
             self.calls,
             self.waiting,
             self.metrics,
+            self.tally,
             settings,
             document,
             check_url=guard.check_url,
@@ -154,6 +171,8 @@ class Server:
             self.metrics,
             Permissions(self.database).permit,
             audit.call_ended,
+            max_nesting=settings.max_nesting,
+            max_calls_in_flight=settings.max_calls_in_flight,
         )
         self.pages = Pages(
             self.database,
@@ -166,7 +185,11 @@ class Server:
             settings, self.rpc, self.auth, self.metrics, self.limits, is_draining=lambda: self.runner.is_draining
         )
         self.runner = ConnectionRunner(
-            self._application(), limits=self.limits, guard=self.entrance.guard, shutdown_timeout=CANCEL_SECONDS
+            self._application(),
+            limits=self.limits,
+            guard=self.entrance.guard,
+            over_limit=self.metrics.over_limit,
+            shutdown_timeout=CANCEL_SECONDS,
         )
         self._services: list[asyncio.Task[None]] = []
 
@@ -221,6 +244,7 @@ class Server:
             self.notifications.run,
             self.waiting.run,
             self.sweeper.run,
+            self.statistics.run,
             self.calls.low_water.run,
             self.webhooks.run,
             self.auth.run,
@@ -276,6 +300,8 @@ class Server:
             if running:
                 self.database.cut_services()
                 await asyncio.wait(running, timeout=STOP_SERVICES_SECONDS)
+        # Last: what is undone counts too.
+        await self.statistics.append(STATISTICS_SECONDS)
         await self.database.close()
 
 

@@ -42,6 +42,7 @@ from broker.storage.handing_out import Delivery, Wanted
 from broker.storage.low_water import LowWater
 from broker.storage.migrate import migrate
 from broker.storage.sessions import configure
+from broker_process import Start, starting, without_its_postgresql
 from gate import MAKE_GATE, Gate
 
 # Of each of the processes that share the tests: they may share a server too.
@@ -165,6 +166,20 @@ def empty_database_url(test_server: str) -> Iterator[str]:
     """A database without anything in it."""
     with new_database(test_server, "template0") as conninfo:
         yield conninfo
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the account of an embedded PostgreSQL can enter."""
+    with data_folder() as made, without_its_postgresql(made):
+        yield made
+
+
+@pytest.fixture
+async def start(folder: Path) -> AsyncIterator[Start]:
+    """Start a broker as a process with these flags: `await start("--data-dir", …, BROKER_PORT="0")`."""
+    async with starting(folder) as start_one:
+        yield start_one
 
 
 Connect = Callable[[], Any]

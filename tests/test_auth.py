@@ -40,6 +40,7 @@ CONTRACT: dict[str, tuple[str, dict[str, Any]]] = {
     "purge_queue": (MANAGE, {"queue": "{}.empty"}),
     "delete_queue": (MANAGE, {"queue": "{}.gone"}),
     "count_messages": (MANAGE, {"queue": "{}"}),
+    "get_stats": (MANAGE, {"queue": "{}"}),
     "list_messages": (MANAGE, {"queue": "{}"}),
     "get_message": (MANAGE, {"queue": "{}", "message_id": "0000000000000001"}),
     "update_message": (MANAGE, {"queue": "{}", "message_id": "0000000000000001", "headers": {"a": "b"}}),
@@ -161,7 +162,7 @@ def test_the_schema_asks_for_what_the_contract_says() -> None:
         assert set(schema.permission_on) <= set(schema.params)
         marked = {key for key, value in params.items() if "{}" in json.dumps(value)}
         assert marked <= set(schema.permission_on), name
-    assert {name for name, schema in methods.items() if schema.permission_null} == {"count_messages"}
+    assert {name for name, schema in methods.items() if schema.permission_null} == {"count_messages", "get_stats"}
 
 
 @pytest.mark.parametrize("broken", [{"x-permission": "any"}, {"x-permission": None}, {"x-permission-on": ["nothing"]}])
@@ -272,8 +273,9 @@ async def test_dead_letters_are_redriven_to_queues_that_may_be_managed(world: Wo
 
 
 async def test_counting_everything_needs_admin(world: World) -> None:
-    assert error_type(await world.answer(await world.of_kind(MANAGE), "count_messages")) == "forbidden"
-    assert "result" in await world.answer(await world.of_kind(ADMIN), "count_messages")
+    for method in ("count_messages", "get_stats"):
+        assert error_type(await world.answer(await world.of_kind(MANAGE), method)) == "forbidden"
+        assert "result" in await world.answer(await world.of_kind(ADMIN), method)
 
 
 async def test_the_sender_is_the_token(world: World) -> None:

@@ -1097,3 +1097,4 @@ async def test_a_call_too_many_for_the_database_is_overloaded_and_the_others_are
         await eventually(lambda: blocked_enqueues(connection))
     assert await calls == [None, None, -32002]
     assert await codes(broker, b"[" + ENQUEUE + b"]") == [None]
+    assert b'wonderq_refused_total{limit="calls"} 1.0' in broker.server.metrics.text()

@@ -65,6 +65,7 @@ async def one_life_by_every_method(broker: Broker) -> None:
         "mail"
     ]
     assert await do("count_messages", "--queue", "mail", "--status", "ready") == {"total": 3, "exact": True}
+    assert len((await do("get_stats", "--queue", "mail", "--minutes", "3"))["minutes"]) == 3
     assert len((await do("list_messages", "--queue", "mail", "--limit", "2"))["messages"]) == 2
     shown = await do("get_message", "--queue", "mail", "--message-id", first["message_id"])
     assert (shown["body"], shown["headers"], shown["sender"]) == ({"to": "ada"}, {"a": "b"}, "me")
@@ -222,6 +223,12 @@ VALUES: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "database_connections": (("1", 1), ("200", 200)),
     "allow_data_loss": (("yes", True), ("1", True)),
     "max_request_bytes": (("512KiB", 512 * 1024), ("1024", 1024)),
+    "max_nesting": (("8", 8), ("512", 512)),
+    "header_timeout": (("0.1", 0.1), ("3600", 3600.0)),
+    "body_timeout": (("0.1", 0.1), ("3600", 3600.0)),
+    "body_stall_timeout": (("0.1", 0.1), ("3600", 3600.0)),
+    "keepalive_timeout": (("0.1", 0.1), ("3600", 3600.0)),
+    "max_calls_in_flight": (("1", 1), ("1000000", 1_000_000)),
     "max_connections": (("1", 1), ("1000000", 1_000_000)),
     "max_calls": (("1", 1), ("1000000", 1_000_000)),
     "max_waiting_consumers": (("1", 1), ("1000000", 1_000_000)),

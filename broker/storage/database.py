@@ -289,7 +289,9 @@ class Database:
 
     def too_many_calls(self) -> Overloaded:
         """Return the error for a call that comes when too many wait."""
-        return Overloaded(limit=self.max_calls, what="calls waiting for the database", retry_after=1)
+        return Overloaded(
+            limit=self.max_calls, what="calls waiting for the database", retry_after=1, counted_as="calls"
+        )
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         del self._under_way[task]

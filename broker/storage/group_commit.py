@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
-from broker.errors import BrokerError, InternalError, Overloaded
+from broker.errors import BrokerError, InternalError
 from broker.storage import outcomes
 from broker.storage.database import Connection, Database
 from broker.storage.outcomes import LockedRows
@@ -144,7 +144,7 @@ class GroupCommit(Generic[C, R]):
 
     def _make_room(self, line: Hashable) -> None:
         """Refuse the newest call of the longest line. Raises Overloaded where that is the one that is coming."""
-        refusal = Overloaded(limit=self._max_calls, what="calls waiting for the database", retry_after=1)
+        refusal = self._database.too_many_calls()
         own = len(self._lines.get(line, ()))
         if own * len(self._lines) >= self._max_calls:
             raise refusal  # more than its share; no need to look at the others

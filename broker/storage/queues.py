@@ -15,6 +15,7 @@ from psycopg import sql
 
 from broker.errors import BrokerError, InvalidParams, QueueExists, QueueInUse, QueueNotFound
 from broker.model import Queue, number, timestamp
+from broker.storage import statistics
 from broker.storage.database import Connection, Database, confirm, time_left
 
 # Messages that one transaction of a purge removes: some hundred milliseconds on a slow disk.
@@ -446,3 +447,4 @@ async def delete_rows(connection: Connection, ids: Sequence[int]) -> None:
             reason = f"the subscription {sender} of the topic {topic} sends to it; unsubscribe that first"
         raise QueueInUse(queue=queue, reason=reason)
     await connection.execute(_DELETE, {"ids": ids})
+    await statistics.forget_queues(connection, ids)
