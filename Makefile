@@ -73,7 +73,7 @@ test-nightly: $(INSTALLED) ## Run what takes hours or root: seeded bugs, power c
 
 .PHONY: e2e
 e2e: $(INSTALLED_E2E) ## Look at the dashboard in a real browser: Debian's chromium, or the one that CHROMIUM names
-	@$(PY) -m pytest -n 0 tests/e2e $(ARGS)
+	@$(PY) -m pytest $(SHARED) tests/e2e $(ARGS)
 
 .PHONY: screenshots
 screenshots: $(INSTALLED_E2E) ## Write the pictures of docs/images anew

@@ -22,10 +22,11 @@ from broker.statistics import Statistics, tidy_once
 from broker.storage import queues, statistics
 from broker.storage.database import Connection, Database
 from broker.tally import DEAD, DELETED, DELIVERED, ENQUEUED, EXPIRED, RETURNED, Rows, Tally
+from broker_process import Start
 from conftest import Broker, Connect, StartBroker
 from outside import eventually, without_database
 from receiver import receiving
-from test_processes import Start, call, folder, http, start  # noqa: F401 - fixtures
+from test_processes import call, http  # noqa: F401 - a fixture
 
 KINDS = ("enqueued", "delivered", "deleted", "returned", "dead", "expired")
 
@@ -262,7 +263,7 @@ async def test_a_queue_that_was_deleted_takes_its_figures_with_it(broker: Broker
 
 @pytest.mark.parametrize("processes", [1, 2])
 async def test_what_happened_just_before_sigterm_is_appended(
-    start: Start,  # noqa: F811
+    start: Start,
     http: aiohttp.ClientSession,  # noqa: F811
     database_url: str,
     connection: Connection,

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 import uvloop
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Dialog, Page, expect, sync_playwright
 
 from broker import draining
 from broker.server import Server
@@ -38,8 +38,8 @@ ARGUMENTS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-DESKTOP = {"width": 1200, "height": 800}
-PHONE = {"width": 390, "height": 844}
+DESKTOP: Any = {"width": 1200, "height": 800}
+PHONE: Any = {"width": 390, "height": 844}
 
 # Runs before the page's own code; where a policy refuses something, it says so.
 WATCH_POLICY = """
@@ -169,12 +169,16 @@ class Wrongs:
         context.add_init_script(WATCH_POLICY)
         context.on("weberror", lambda error: self.found.append(f"error: {error.error}"))
         context.on("console", lambda message: self._said(message.type, message.text))
-        context.on("dialog", lambda dialog: (self.found.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        context.on("dialog", self._opened)
         context.on("request", lambda request: self._asked(request.url, host))
 
     def _said(self, kind: str, text: str) -> None:
         if kind in ("error", "warning") and NOT_WRONG not in text:
             self.found.append(f"console: {text}")
+
+    def _opened(self, dialog: Dialog) -> None:
+        self.found.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def _asked(self, url: str, host: str) -> None:
         parts = urlsplit(url)

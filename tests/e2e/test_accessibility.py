@@ -1,11 +1,12 @@
-"""Every page in light and dark, and every dialog, by the rules of WCAG 2 at levels A and AA, as axe-core checks them."""
+"""Every page and dialog in light and dark, by the rules of WCAG 2 at levels A and AA, as axe-core checks them."""
 
 from __future__ import annotations
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browser import PHONE, Broker, Dashboard, OpenDashboard, StartBroker, stock
 from playwright.sync_api import Page, expect
+
+from browser import PHONE, Broker, Dashboard, OpenDashboard, StartBroker, stock
 
 RULES = {
     "runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]},
@@ -47,7 +48,7 @@ def test_every_page_is_accessible(broker: Broker, open_dashboard: OpenDashboard,
     for what, route in ROUTES.items():
         dashboard.open(route)
         assert_accessible(dashboard.page, what)
-    dashboard.page.set_viewport_size(PHONE)  # type: ignore[arg-type, unused-ignore]
+    dashboard.page.set_viewport_size(PHONE)
     for what in ("queues", "queue", "topics"):
         dashboard.open(ROUTES[what])
         assert_accessible(dashboard.page, f"{what} on a phone")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from playwright.sync_api import expect
+
 from browser import Broker, Dashboard, OpenDashboard, StartBroker, stock
 from outside import without_database
-from playwright.sync_api import expect
 
 BANNER = re.compile("Unavailable, trying again")
 

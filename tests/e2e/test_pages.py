@@ -7,8 +7,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from browser import PHONE, Broker, Dashboard, OpenDashboard, eventually, stock
 from playwright.sync_api import expect
+
+from browser import PHONE, Broker, Dashboard, OpenDashboard, eventually, stock
 
 
 def test_the_first_page_shows_all_queues_in_a_line_of_numbers_a_graph_and_a_table(
@@ -185,9 +186,7 @@ def test_addresses_are_kept_by_reload_bookmark_and_the_back_button(broker: Broke
 
 
 @pytest.mark.parametrize("route", ["#/", "#/queues/orders", "#/queues/orders.dead", "#/topics"])
-def test_on_a_phone_no_page_has_to_be_moved_sideways(
-    broker: Broker, open_dashboard: OpenDashboard, route: str
-) -> None:
+def test_on_a_phone_no_page_has_to_be_moved_sideways(broker: Broker, open_dashboard: OpenDashboard, route: str) -> None:
     stock(broker)
     broker.call("create_queue", queue="n" * 128)
     dashboard = open_dashboard(broker, viewport=PHONE, is_mobile=True, has_touch=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from browser import Broker, Dashboard, OpenDashboard, StartBroker, stock
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from broker.storage.tokens import Grant
+from browser import Broker, Dashboard, OpenDashboard, StartBroker, stock
 
 EVERYTHING = Grant(["*"], ["*"], ["*"], admin=True)
 
@@ -112,10 +112,10 @@ def test_without_the_permission_a_queue_can_be_read_and_not_changed(
     dashboard = open_with(open_dashboard, closed, EVERYTHING)
     page = dashboard.page
 
-    def permit_less(route: object) -> None:
-        response = route.fetch()  # type: ignore[attr-defined]
+    def permit_less(route: Route) -> None:
+        response = route.fetch()
         text = response.text().replace('"manage":["*"]', '"manage":["other*"]').replace('"send":["*"]', '"send":[]')
-        route.fulfill(response=response, body=text)  # type: ignore[attr-defined]
+        route.fulfill(response=response, body=text)
 
     page.route("**/rpc", permit_less)
     page.goto(f"{closed.url}/#/queues/orders")
@@ -136,7 +136,9 @@ def test_a_refusal_that_comes_all_the_same_is_a_sentence(closed: Broker, open_da
     expect(page.get_by_role("alert").filter(has_text="does not permit `manage` for billing")).to_be_visible()
 
 
-def test_too_many_wrong_tokens_are_said_to_be_too_many(start_broker: StartBroker, open_dashboard: OpenDashboard) -> None:
+def test_too_many_wrong_tokens_are_said_to_be_too_many(
+    start_broker: StartBroker, open_dashboard: OpenDashboard
+) -> None:
     broker = start_broker(auth="required", max_failed_logins=2)
     dashboard = open_dashboard(broker)
     dashboard.page.goto(broker.url)
