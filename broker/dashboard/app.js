@@ -12,7 +12,7 @@ import { ThemeButton, applyTheme } from "./theme.js";
 import { Topics, callsOfTopics } from "./topics.js";
 
 const PAGES = {
-  queues: (route, caller) => (route.name ? callsOfQueue(route) : callsOfOverview(route, caller)),
+  queues: (route, caller, answers) => (route.name ? callsOfQueue(route) : callsOfOverview(route, caller, answers)),
   topics: callsOfTopics,
 };
 
@@ -36,7 +36,7 @@ function App() {
     return () => removeEventListener("hashchange", moved);
   }, []);
 
-  const calls = PAGES[route.page]?.(route, caller) ?? {};
+  const calls = PAGES[route.page]?.(route, caller, answers) ?? {};
   // Another page of a list, or another search, is the same subject: the old rows stay until the new ones are there.
   useEffect(() => poll.current.watch(link(route.page, route.name), { caller: ["get_caller", {}], ...calls }));
 

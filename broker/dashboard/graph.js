@@ -17,11 +17,11 @@ const WIDTH = 600;
 const HEIGHT = 120;
 const MINUTE_MS = 60_000;
 
-/** The least round number that is no less: 1, 2, 4, 5, 10, 20, … */
+/** The least round number that is no less, and has a half: 4, 6, 8, 10, 20, 40, … */
 export function roundUp(value) {
   if (value <= 4) return 4;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 4, 5, 10].map((each) => each * power).find((each) => each >= value);
+  return [1, 2, 4, 6, 8, 10].map((each) => each * power).find((each) => each >= value);
 }
 
 const time = (minute) => clock(new Date(minute.started_at)).slice(0, 5);

@@ -7,7 +7,7 @@ import { Chip, Pager, Refusal, isResult } from "./parts.js";
 import { may } from "./permissions.js";
 import { isLarge } from "./poll.js";
 import { link, neighbours } from "./route.js";
-import { Moment, bytes, number, visible } from "./text.js";
+import { Moment, bytes, number, times, visible } from "./text.js";
 
 const PAGE = 20;
 // Of a long body, what is shown before somebody asks for all of it.
@@ -86,7 +86,7 @@ function Message({ message, isIndented, remove }) {
 }
 
 const REASONS = {
-  max_receives: (letter) => `handed out ${number(letter.receive_count)} times and never deleted (max_receives)`,
+  max_receives: (letter) => `handed out ${times(letter.receive_count)} and never deleted (max_receives)`,
   subscription_ended: () => "the subscription ended, because its endpoint wants no more (subscription_ended)",
 };
 

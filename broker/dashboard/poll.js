@@ -24,18 +24,23 @@ export class Poll {
     this.away = null;
     this.needsToken = null;
     this.failures = 0;
+    this.polls = 0;
     this.timer = null;
     this.underWay = null;
     document.addEventListener("visibilitychange", () => this.now());
     addEventListener("online", () => this.now());
   }
 
-  /** Ask for these, `{name: [method, params]}`, from now on. `key` says what they are about: answers about something else are forgotten. */
+  /**
+   * Ask for these, `{name: [method, params, every]}`, from now on; by itself a call is made at one poll out of `every`.
+   * `key` says what they are about: answers about something else are forgotten.
+   */
   watch(key, calls) {
-    const text = JSON.stringify(calls);
+    this.calls = calls;
+    const text = JSON.stringify(Object.values(calls).map(([method, params]) => [method, params]));
     if (this.key === key && text === this.text) return;
     const isNewSubject = this.key !== key;
-    Object.assign(this, { key, calls, text });
+    Object.assign(this, { key, text });
     if (isNewSubject) this.answers = { caller: this.answers.caller };
     this.now();
   }
@@ -58,7 +63,9 @@ export class Poll {
 
   /** Ask; return after how many milliseconds to ask again, null where something has to happen before. */
   async ask(signal, isByItself) {
-    const names = Object.keys(this.calls).filter((name) => !isByItself || !isLarge(this.answers[name]));
+    this.polls += 1;
+    const isDue = (name) => this.polls % (this.calls[name][2] ?? 1) === 0 && !isLarge(this.answers[name]);
+    const names = Object.keys(this.calls).filter((name) => !isByItself || this.failures > 0 || isDue(name));
     try {
       const answers = await batch(names.map((name) => this.calls[name]), signal);
       if (signal.aborted) return null;

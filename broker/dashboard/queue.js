@@ -77,7 +77,7 @@ function Actions({ queue, caller, canRedrive, refresh, say }) {
       refresh();
     });
   const shared = { queue, caller, refresh, say, close: () => setOpen(null) };
-  return html`
+  return html`<div>
     <div class="actions" role="group" aria-label="What can be done with this queue">
       ${mayManage &&
       html`
@@ -92,7 +92,7 @@ function Actions({ queue, caller, canRedrive, refresh, say }) {
     ${open === "purge" && html`<${PurgeDialog} ...${shared} />`}
     ${open === "redrive" && html`<${RedriveDialog} ...${shared} />`}
     ${open === "send" && html`<${SendDialog} ...${shared} />`}
-  `;
+  </div>`;
 }
 
 function Settings({ queue }) {

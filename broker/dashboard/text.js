@@ -6,6 +6,9 @@ const numbers = new Intl.NumberFormat("en");
 
 export const number = (value) => numbers.format(value);
 
+/** How often. */
+export const times = (value) => (value === 1 ? "once" : `${number(value)} times`);
+
 /** A count; an estimate says that it is one. */
 export function count(value, isExact = true) {
   if (value === undefined || value === null) return "–";
