@@ -30,6 +30,7 @@ from broker.connections import ConnectionRunner
 from broker.draining import drain, nobody_else
 from broker.entrance import Entrance
 from broker.errors import BrokerError
+from broker.files import load_files
 from broker.installation import EmbeddedError
 from broker.methods import Methods
 from broker.metrics import Metrics
@@ -187,7 +188,6 @@ class Server:
             document,
             is_draining=lambda: self.runner.is_draining,
             read_gauges=self._read_gauges,
-            shows_queues=lambda: not self.auth.is_required,
         )
         self.entrance = Entrance(
             settings, self.rpc, self.auth, self.metrics, self.limits, is_draining=lambda: self.runner.is_draining
@@ -216,7 +216,7 @@ class Server:
 
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=self.settings.max_request_bytes)
-        application.add_routes([web.post("/rpc", self.entrance.call), *self.pages.routes()])
+        application.add_routes([web.post("/rpc", self.entrance.call), *self.pages.routes(), *load_files().routes()])
         return application
 
     def _read_gauges(self) -> None:

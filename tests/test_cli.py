@@ -101,6 +101,7 @@ async def one_life_by_every_method(broker: Broker) -> None:
     assert await do("broadcast", "--topic", "news") == {"messages": 1, "deliveries": 1, "complete": True}
     assert await do("delete_topic", "--topic", "news") == {"deleted_messages": 0, "complete": True}
     assert await do("delete_queue", "--queue", "mail") == {"deleted_messages": 1, "complete": True}
+    assert (await do("get_caller"))["admin"] is True
     assert (await do("get_server"))["version"] == __version__
     assert [method["name"] for method in (await do("rpc.discover"))["methods"]] == list(METHODS)
     assert called == set(METHODS)
