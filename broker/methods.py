@@ -41,6 +41,7 @@ from broker.storage import (
     inspection,
     leases,
     queues,
+    statistics,
     subscriptions,
     topics,
 )
@@ -49,6 +50,8 @@ from broker.storage.database import Database
 from broker.storage.notifications import News
 from broker.storage.publishing import MAX_MESSAGE_BYTES, Published
 from broker.storage.storing import Stored
+from broker.storage.tokens import Grant
+from broker.tally import DELETED, ENQUEUED, Tally
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
 MAX_HEADER_BYTES = 4096
@@ -58,6 +61,8 @@ TOO_LARGE = " " * (MAX_MESSAGE_BYTES + 1)
 EVERYBODY = 2**31
 # Methods whose name is no Python name.
 RENAMED = {"discover": "rpc.discover"}
+# What those may do of whom no token is asked.
+EVERYTHING = Grant(send=("*",), receive=("*",), manage=("*",), admin=True)
 
 
 @dataclass
@@ -68,6 +73,7 @@ class Methods:
     calls: Calls
     waiting: WaitingRoom
     metrics: Metrics
+    tally: Tally
     settings: Settings
     document: Mapping[str, Any]
     # Whether a url may be pushed to: raises InvalidParams where not.
@@ -103,6 +109,7 @@ class Methods:
         return _enqueued(stored.ids[0], is_duplicate=bool(stored.duplicates))
 
     async def enqueue_batch(self, call: Call, queue: str, messages: Sequence[Any]) -> dict[str, Any]:
+        self.metrics.batch("enqueue_batch", len(messages))
         new = []
         for index, each in enumerate(messages):
             try:
@@ -159,6 +166,7 @@ class Methods:
         if taken.leases:
             call.undo.append(lambda: self.waiting.give_back_soon(queue, taken))
         self.metrics.delivered.inc(len(taken.messages))
+        self.metrics.batch("dequeue", len(taken.messages))
         return {"messages": taken.messages}
 
     async def delete(self, call: Call, receipt: str) -> dict[str, Any]:
@@ -169,6 +177,7 @@ class Methods:
         return {"deleted": deleted}
 
     async def delete_batch(self, call: Call, receipts: Sequence[str]) -> dict[str, Any]:
+        self.metrics.batch("delete_batch", len(receipts))
         results = await self._for_receipts(call, receipts, self.calls.delete)
         self.metrics.deleted.inc(sum(result is True for result in results))
         return {
@@ -187,6 +196,7 @@ class Methods:
     async def extend_visibility_batch(
         self, call: Call, receipts: Sequence[str], visibility_timeout: float
     ) -> dict[str, Any]:
+        self.metrics.batch("extend_visibility_batch", len(receipts))
         results = await self._for_receipts(call, receipts, lambda held: self._extend(held, visibility_timeout))
         return {
             "results": [
@@ -239,9 +249,13 @@ class Methods:
             raise QueueNotFound(queue=queue)
         return found
 
-    async def list_queues(self, call: Call, prefix: str, counts: bool, limit: int, after: str | None) -> dict[str, Any]:
+    async def list_queues(
+        self, call: Call, prefix: str, counts: bool, dead_letter_queues: bool, limit: int, after: str | None
+    ) -> dict[str, Any]:
         page, next_name = await self.database.read(
-            lambda connection: queues.list_by_name(connection, prefix, limit, after, like=may_manage(call))
+            lambda connection: queues.list_by_name(
+                connection, prefix, limit, after, like=may_manage(call), are_targets=dead_letter_queues
+            )
         )
         return {"queues": await self._add_counts(page) if counts else page, "next": next_name}
 
@@ -261,6 +275,7 @@ class Methods:
 
     async def delete_queue(self, call: Call, queue: str) -> dict[str, Any]:
         deleted, complete = await queues.delete(self.database, queue)
+        self.tally.forget(queue)
         self.waiting.tell(News(queue, 0.0, EVERYBODY))
         return {"deleted_messages": deleted, "complete": complete}
 
@@ -273,6 +288,10 @@ class Methods:
                 raise QueueNotFound(queue=queue)
             counted = found[queue]
         return counted.counts if status is None else counted.of_status(status)
+
+    async def get_stats(self, call: Call, queue: str | None, minutes: int) -> dict[str, Any]:
+        counted = await self.database.read(lambda connection: statistics.read(connection, queue, minutes))
+        return {"queue": queue, "minutes": counted}
 
     async def list_messages(
         self, call: Call, queue: str, status: str | None, limit: int, after: str | None
@@ -315,6 +334,7 @@ class Methods:
         lease = None if receipt is None else lease_of(receipt)
         deleted = await self.database.write(lambda connection: inspection.delete(connection, queue, message_id, lease))
         self.metrics.deleted.inc(deleted)
+        self.tally.add(queue, DELETED, deleted)
         return {"deleted": deleted}
 
     async def redrive(self, call: Call, queue: str, to: str | None, max_messages: int | None) -> dict[str, Any]:
@@ -422,8 +442,22 @@ class Methods:
 
     async def broadcast(self, call: Call, topic: str) -> dict[str, Any]:
         given_out = await broadcasting.broadcast(self.database, topic)
+        for news in given_out.news:
+            self.tally.add(news.queue, ENQUEUED, news.messages)
         self._copied(given_out.news)
         return {"messages": given_out.messages, "deliveries": given_out.deliveries, "complete": given_out.complete}
+
+    async def get_caller(self, call: Call) -> dict[str, Any]:
+        caller = call.caller
+        grant = EVERYTHING if caller is None else caller.grant
+        return {
+            "name": None if caller is None else caller.name,
+            "auth_required": caller is not None,
+            "send": grant.send,
+            "receive": grant.receive,
+            "manage": grant.manage,
+            "admin": grant.admin,
+        }
 
     async def get_server(self, call: Call) -> dict[str, Any]:
         facts = await self.database.read(durability.server_facts)

@@ -157,6 +157,11 @@ class Rpc:
         self._watcher = watcher
         self._methods = {name: _for_jsonrpcserver(method) for name, method in methods.items()}
 
+    @property
+    def in_flight(self) -> int:
+        """How many calls are not answered yet."""
+        return self._in_flight
+
     async def handle(self, request: web.Request, caller: Caller | None = None, address: str = "") -> web.StreamResponse:
         """Answer one HTTP request whose headers have been found good."""
         text = await read_body(request, self._limits)

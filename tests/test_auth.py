@@ -41,6 +41,7 @@ CONTRACT: dict[str, tuple[str, dict[str, Any]]] = {
     "purge_queue": (MANAGE, {"queue": "{}.empty"}),
     "delete_queue": (MANAGE, {"queue": "{}.gone"}),
     "count_messages": (MANAGE, {"queue": "{}"}),
+    "get_stats": (MANAGE, {"queue": "{}"}),
     "list_messages": (MANAGE, {"queue": "{}"}),
     "get_message": (MANAGE, {"queue": "{}", "message_id": "0000000000000001"}),
     "update_message": (MANAGE, {"queue": "{}", "message_id": "0000000000000001", "headers": {"a": "b"}}),
@@ -54,6 +55,7 @@ CONTRACT: dict[str, tuple[str, dict[str, Any]]] = {
     "list_subscriptions": (MANAGE, {"topic": "{}"}),
     "publish": (SEND, {"topic": "{}", "body": 1}),
     "broadcast": (MANAGE, {"topic": "{}"}),
+    "get_caller": (FREE, {}),
     "get_server": (ADMIN, {}),
     "rpc.discover": (FREE, {}),
     # Lists show what may be managed, and are refused to nobody.
@@ -166,7 +168,7 @@ def test_the_schema_asks_for_what_the_contract_says() -> None:
         assert set(schema.permission_on) <= set(schema.params)
         marked = {key for key, value in params.items() if "{}" in json.dumps(value)}
         assert marked <= set(schema.permission_on), name
-    assert {name for name, schema in methods.items() if schema.permission_null} == {"count_messages"}
+    assert {name for name, schema in methods.items() if schema.permission_null} == {"count_messages", "get_stats"}
 
 
 @pytest.mark.parametrize("broken", [{"x-permission": "any"}, {"x-permission": None}, {"x-permission-on": ["nothing"]}])
@@ -277,8 +279,9 @@ async def test_dead_letters_are_redriven_to_queues_that_may_be_managed(world: Wo
 
 
 async def test_counting_everything_needs_admin(world: World) -> None:
-    assert error_type(await world.answer(await world.of_kind(MANAGE), "count_messages")) == "forbidden"
-    assert "result" in await world.answer(await world.of_kind(ADMIN), "count_messages")
+    for method in ("count_messages", "get_stats"):
+        assert error_type(await world.answer(await world.of_kind(MANAGE), method)) == "forbidden"
+        assert "result" in await world.answer(await world.of_kind(ADMIN), method)
 
 
 async def test_the_sender_is_the_token(world: World) -> None:
@@ -358,18 +361,36 @@ async def test_some_pages_are_free_and_metrics_are_not(world: World) -> None:
         async with world.broker.http.get(world.broker.url + path, headers=headers) as response:
             return response.status
 
-    for path in ("/livez", "/readyz", "/healthz", "/openrpc.json", "/"):
+    for path in ("/livez", "/readyz", "/healthz", "/openrpc.json", "/", "/dashboard/app.js"):
         assert await status(path) == 200
     assert await status("/metrics") == 401
     assert await status("/metrics", Authorization=f"Bearer {await world.of_kind('none')}") == 200
 
 
-async def test_the_page_of_queues_tells_nothing_to_those_who_have_not_said_who_they_are(world: World) -> None:
-    async with world.broker.http.get(world.broker.url) as response:
-        page = await response.text()
-    assert OWN not in page
-    assert "default" not in page
-    assert "BROKER_TOKEN" in page
+async def test_a_caller_is_told_what_his_token_permits(world: World) -> None:
+    grant = Grant(["a", "b*"], [], ["*.own"], admin=False)
+    token = await world.token("somebody", grant)
+    assert (await world.answer(token, "get_caller"))["result"] == {
+        "name": "somebody",
+        "auth_required": True,
+        "send": ["a", "b*"],
+        "receive": [],
+        "manage": ["*.own"],
+        "admin": False,
+    }
+    assert (await world.answer(None, "get_caller"))["status"] == 401
+
+
+async def test_where_no_token_is_needed_everybody_may_do_everything(broker: Broker) -> None:
+    told = await broker.call("get_caller")
+    assert told == {
+        "name": None,
+        "auth_required": False,
+        "send": ["*"],
+        "receive": ["*"],
+        "manage": ["*"],
+        "admin": True,
+    }
 
 
 async def test_only_pages_of_named_sites_may_call_from_a_browser(start_broker: StartBroker) -> None:

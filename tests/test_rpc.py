@@ -634,7 +634,7 @@ def test_a_schema_that_is_not_understood_is_refused_with_the_method_and_the_reas
 
 
 def test_each_function_of_the_product_has_its_schema_and_the_other_way_round() -> None:
-    methods = Methods(*[None] * 8)  # type: ignore[arg-type]
+    methods = Methods(*[None] * 9)  # type: ignore[arg-type]
     compiled = compile_methods(load_document())
     check_methods(compiled, methods.by_name())
     for name in compiled:
