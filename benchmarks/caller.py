@@ -19,12 +19,14 @@ from benchmarks.load import Tally
 
 
 class Caller:
-    """One connection to a broker. What is refused raises RuntimeError."""
+    """One connection to a broker, with a token where one is given. What is refused raises RuntimeError."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, token: str | None = None) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._head = f"Host: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        if token is not None:
+            self._head += f"Authorization: Bearer {token}\r\n"
         self._socket = socket.create_connection((parts.hostname, parts.port or 80), timeout=120)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from broker import __version__
-from broker.errors import BrokerError, InvalidParams, QueueNotFound, error_object, forbidden_receipt
+from broker.errors import BrokerError, InvalidParams, MessageTooLarge, QueueNotFound, error_object, forbidden_receipt
 from broker.metrics import Metrics
 from broker.model import (
     Counts,
@@ -48,13 +48,15 @@ from broker.storage import (
 from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.notifications import News
-from broker.storage.publishing import Published
+from broker.storage.publishing import MAX_MESSAGE_BYTES, Published
 from broker.storage.storing import Stored
 from broker.storage.tokens import Grant
 from broker.tally import DELETED, ENQUEUED, Tally
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
 MAX_HEADER_BYTES = 4096
+# Stands for a body that no queue takes, so that the database says so without having to be sent it.
+TOO_LARGE = " " * (MAX_MESSAGE_BYTES + 1)
 # More consumers than can wait.
 EVERYBODY = 2**31
 # Methods whose name is no Python name.
@@ -99,12 +101,15 @@ class Methods:
         ttl: float | None,
         idempotency_key: str | None,
     ) -> dict[str, Any]:
-        stored = await self._store(
-            queue, [new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)]
-        )
+        message = new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)
+        try:
+            stored = await self._store(queue, [message])
+        except MessageTooLarge as error:
+            raise too_large(error, body) from None
         return _enqueued(stored.ids[0], is_duplicate=bool(stored.duplicates))
 
     async def enqueue_batch(self, call: Call, queue: str, messages: Sequence[Any]) -> dict[str, Any]:
+        self.metrics.batch("enqueue_batch", len(messages))
         new = []
         for index, each in enumerate(messages):
             try:
@@ -115,8 +120,13 @@ class Methods:
                 )
             except InvalidParams as error:
                 raise error.with_data(index=index) from None
+        over = next((index for index, each in enumerate(new) if each.body is TOO_LARGE), None)
         try:
-            stored = await self._store(queue, new)
+            stored = await self._store(queue, new if over is None else [new[over]])
+        except MessageTooLarge as error:
+            place = error.index if over is None else over
+            assert place is not None, "the error of a batch names the message"
+            raise too_large(error, messages[place].body).with_data(index=place) from None
         except BrokerError as error:
             raise error.with_data(index=error.index) if error.index is not None else error from None
         return {
@@ -156,6 +166,7 @@ class Methods:
         if taken.leases:
             call.undo.append(lambda: self.waiting.give_back_soon(queue, taken))
         self.metrics.delivered.inc(len(taken.messages))
+        self.metrics.batch("dequeue", len(taken.messages))
         return {"messages": taken.messages}
 
     async def delete(self, call: Call, receipt: str) -> dict[str, Any]:
@@ -166,6 +177,7 @@ class Methods:
         return {"deleted": deleted}
 
     async def delete_batch(self, call: Call, receipts: Sequence[str]) -> dict[str, Any]:
+        self.metrics.batch("delete_batch", len(receipts))
         results = await self._for_receipts(call, receipts, self.calls.delete)
         self.metrics.deleted.inc(sum(result is True for result in results))
         return {
@@ -184,6 +196,7 @@ class Methods:
     async def extend_visibility_batch(
         self, call: Call, receipts: Sequence[str], visibility_timeout: float
     ) -> dict[str, Any]:
+        self.metrics.batch("extend_visibility_batch", len(receipts))
         results = await self._for_receipts(call, receipts, lambda held: self._extend(held, visibility_timeout))
         return {
             "results": [
@@ -304,17 +317,18 @@ class Methods:
         if body is UNSET and headers is UNSET:
             raise InvalidParams(reason="Nothing to change: name `body`, `headers` or both.", param="body")
         lease = None if receipt is None else lease_of(receipt)
-        return await self.database.write(
-            lambda connection: inspection.update(
-                connection,
-                queue,
-                message_id,
-                lease,
-                None if isinstance(body, UnsetType) else json_text(body),
-                None if isinstance(headers, UnsetType) else header_text(headers),
-                changes_headers=headers is not UNSET,
+        new_body = None if isinstance(body, UnsetType) else json_text(body)
+        new_headers = None if isinstance(headers, UnsetType) else header_text(headers)
+        changes_headers = headers is not UNSET
+        try:
+            return await self.database.write(
+                lambda connection: inspection.update(
+                    connection, queue, message_id, lease, new_body, new_headers, changes_headers=changes_headers
+                )
             )
-        )
+        except MessageTooLarge as error:
+            assert not isinstance(body, UnsetType), "headers alone are of no size here"
+            raise too_large(error, body) from None
 
     async def delete_message(self, call: Call, queue: str, message_id: str, receipt: str | None) -> dict[str, Any]:
         lease = None if receipt is None else lease_of(receipt)
@@ -405,7 +419,10 @@ class Methods:
         idempotency_key: str | None,
     ) -> dict[str, Any]:
         message = new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)
-        published = await self.calls.publish(topic, message)
+        try:
+            published = await self.calls.publish(topic, message)
+        except MessageTooLarge as error:
+            raise too_large(error, body) from None
         self.published(published)
         return _enqueued(published.id, is_duplicate=published.is_duplicate) | {"deliveries": published.deliveries}
 
@@ -481,8 +498,14 @@ def new_message(
 
 
 def json_text(body: Raw) -> str:
-    """Return a body's text, as it was sent."""
-    return bytes(body).decode()
+    """Return a body's text, as it was sent; in place of one that no queue takes another one that none takes."""
+    text = bytes(body)
+    return text.decode() if len(text) <= MAX_MESSAGE_BYTES else TOO_LARGE
+
+
+def too_large(error: MessageTooLarge, body: Raw) -> MessageTooLarge:
+    """Return the error for a body that is larger than the text that was refused in its place."""
+    return MessageTooLarge(index=error.index, **error.extra | {"given": len(bytes(body))})
 
 
 def header_text(headers: dict[str, str], where: str = "headers") -> str | None:

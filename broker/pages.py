@@ -10,7 +10,8 @@ from aiohttp import web
 
 from broker import __version__
 from broker.errors import BrokerError, Unavailable, error_answer
-from broker.metrics import CONTENT_TYPE, MAX_QUEUES_SHOWN, Metrics
+from broker.gauges import MAX_QUEUES_SHOWN, DatabaseGauges, with_others
+from broker.metrics import CONTENT_TYPE, Metrics
 from broker.storage import counting, durability, migrate, queues, subscriptions
 from broker.storage.counting import Counted
 from broker.storage.database import Database
@@ -86,21 +87,35 @@ class Pages:
     async def show_metrics(self, _request: web.Request) -> web.Response:
         """Serve the metrics; where the database does not answer, those that need none."""
         self._read_gauges()
+        gauges = self._metrics.of_database
         try:
-            page, _ = await self._database.read(
-                lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)
-            )
-            names = [each.queue for each in page]
-            counted = await self._count(names)
-            facts = await self._database.read(durability.server_facts)
-            self._metrics.show_queues({name: (each.counts, each.oldest_ready_age) for name, each in counted.items()})
-            self._metrics.show_durability(facts.level)
-            self._metrics.show_subscriptions(await self._database.read(subscriptions.count_states))
+            vars(gauges).update(vars(await self._gauges()))
         except BrokerError:
-            self._metrics.show_queues({})
-            self._metrics.show_subscriptions({})
-            self._metrics.show_durability(None)
+            vars(gauges).update(vars(DatabaseGauges()))
         return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _gauges(self) -> DatabaseGauges:
+        """Read what the database says of itself and its queues."""
+        page, more = await self._database.read(
+            lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)
+        )
+        counted = await self._count([each.queue for each in page])
+        shown = {name: (each.counts, each.oldest_ready_age) for name, each in counted.items()}
+        in_all = len(page)
+        if more is not None:
+            everything = await self._database.read(counting.count_all)
+            oldest = await self._database.read(lambda connection: counting.oldest_ready_age_after(connection, more))
+            shown = with_others(shown, everything.counts, oldest)
+            in_all = await self._database.read(queues.count)
+        facts = await self._database.read(durability.server_facts)
+        return DatabaseGauges(
+            is_up=True,
+            queues=shown,
+            queues_in_all=in_all,
+            durability=facts.level,
+            postgresql=facts.version,
+            subscriptions=await self._database.read(subscriptions.count_states),
+        )
 
     async def _count(self, names: list[str]) -> dict[str, Counted]:
         return await self._database.read(

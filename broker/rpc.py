@@ -16,9 +16,8 @@ import inspect
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -46,6 +45,7 @@ from broker.errors import (
     ParseError,
     error_answer,
 )
+from broker.nesting import has_more_elements, is_deeper
 from broker.schema import NO_PARAMS, MethodSchema, SchemaError
 
 log = logging.getLogger("broker.rpc")
@@ -54,13 +54,13 @@ MAX_BATCH = 1_000
 MAX_NESTING = 128
 MAX_CALLS_IN_FLIGHT = 20_000
 
+# Of a call as long as this only those values are looked at for their nesting that are short enough to be a body: all
+# else is refused for its length, or has a type that is not deep.
+LONG_CALL_BYTES = 2**20 + 2**16
+
 _NULL = Raw(b"null")
 _NOTHING = Raw(b"")
-_NESTING_CHUNK = 65_536
-_NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
-_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
-# A batch of more scalars, empty arrays or objects than it may hold is refused before it is taken apart.
-_TOO_MANY_SMALL = re.compile(rb'\s*+\[(?:\s*+(?:[^\s\[\]{}",]++|\{\s*+\}|\[\s*+\]|"[^"\\]*+")\s*+,){%d}' % MAX_BATCH)
+_BATCH = re.compile(rb"[ \t\r\n]*+\[")
 
 
 @dataclass
@@ -77,13 +77,13 @@ class Call:
 
 
 Method = Callable[..., Awaitable[Any]]
-# Raises Forbidden where the caller may not do this.
-Permit = Callable[[Call, MethodSchema, Mapping[str, Any]], Awaitable[None]]
+# Raises Forbidden where the caller may not do this; returns what has to be awaited before that is known, or None.
+Permit = Callable[[Call, MethodSchema, Mapping[str, Any]], Awaitable[None] | None]
 # Told of what somebody who administers has called, or somebody may not do, and what came of it: ok, or an error's type.
 Audit = Callable[[Call, MethodSchema, Mapping[str, Any], str], None]
 
 
-async def nobody_is_asked(call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> None:
+def nobody_is_asked(call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> None:
     """Permit everything."""
 
 
@@ -157,6 +157,11 @@ class Rpc:
         self._watcher = watcher
         self._methods = {name: _for_jsonrpcserver(method) for name, method in methods.items()}
 
+    @property
+    def in_flight(self) -> int:
+        """How many calls are not answered yet."""
+        return self._in_flight
+
     async def handle(self, request: web.Request, caller: Caller | None = None, address: str = "") -> web.StreamResponse:
         """Answer one HTTP request whose headers have been found good."""
         text = await read_body(request, self._limits)
@@ -213,8 +218,11 @@ class Rpc:
                 raise MethodNotFound(method=method[:128])
             name = method
             kwargs = schema.read(_params(envelope))
+            # Two levels are those of the call and of its params.
+            if len(bytes(element)) > LONG_CALL_BYTES and _are_deeper(kwargs.values(), self._max_nesting - 2):
+                raise _too_deep(self._max_nesting)
             result = await self._carry_out(call, schema, kwargs)
-        except InvalidRequest as error:
+        except (InvalidRequest, ParseError) as error:
             call.is_notification = False
             return self._refused(name, error, call_id, call, began_at)
         except BrokerError as error:
@@ -238,7 +246,9 @@ class Rpc:
         self._in_flight += 1
         try:
             if caller is not None:
-                await self._permit(call, schema, kwargs)
+                asking = self._permit(call, schema, kwargs)
+                if asking is not None:
+                    await asking
             result = await self._dispatch(schema.name, kwargs, call)
             outcome = "ok"
             return result
@@ -304,10 +314,9 @@ def _elements(text: bytes, max_nesting: int) -> list[Raw] | None:
     """Return the elements of a batch, None where the text is a single request. Raises ParseError, InvalidRequest."""
     try:
         text.decode()
-        if text.lstrip(b" \t\r\n")[:1] != b"[":
-            _read_any(text)
+        if _BATCH.match(text) is None:
             return None
-        if _TOO_MANY_SMALL.match(text):
+        if has_more_elements(text, MAX_BATCH):
             _read_any(text)
             raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls", counted_as="batch")
         elements = _read_batch(text, max_nesting)
@@ -352,7 +361,7 @@ def _split(text: bytes, max_nesting: int) -> list[Raw]:
             element = text[begins_at : ends_at - 1]
             begins_at = ends_at
             # What is too deep is not parsed here and will be refused by its nesting.
-            elements.append(Raw(element) if nesting(element) > max_nesting else _read_any(element))
+            elements.append(Raw(element) if is_deeper(element, max_nesting) else _read_any(element))
         if depth == 0:
             break
     if depth or text[begins_at:].strip(b" \t\r\n"):
@@ -370,32 +379,48 @@ def _too_deep(max_nesting: int) -> InvalidRequest:
     return InvalidRequest(reason=f"it is nested deeper than {max_nesting}", counted_as="nesting")
 
 
-def nesting(text: bytes) -> int:
-    """Return how deep valid JSON is nested: 0 for a scalar.
-
-    Nothing here grows with the number of strings or escapes, because a request may have millions of them.
-    """
-    # Without escaped quotes a string ends at the next one; pairs of quotes do not change what lies inside.
-    marks = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_MARKS).replace(b'""', b"")
-    depth = deepest = in_string = 0
-    for start in range(0, len(marks), _NESTING_CHUNK):
-        parts = marks[start : start + _NESTING_CHUNK].split(b'"')
-        brackets = b"".join(parts[in_string::2])
-        levels = list(accumulate(memoryview(brackets.translate(_STEPS)).cast("b"), initial=depth))
-        depth, deepest = levels[-1], max(deepest, *levels)
-        in_string ^= (len(parts) - 1) & 1
-    return deepest
+def _are_deeper(values: Iterable[Any], most: int) -> bool:
+    """Whether the text of a value, or of one inside of it, is nested deeper than this."""
+    for value in values:
+        if isinstance(value, Raw):
+            text = bytes(value)
+            deeper = len(text) < LONG_CALL_BYTES and is_deeper(text, most)
+        elif isinstance(value, list):
+            deeper = _are_deeper(value, most - 1)
+        elif isinstance(value, msgspec.Struct):
+            deeper = _are_deeper([getattr(value, name) for name in value.__struct_fields__], most - 1)
+        else:
+            deeper = False
+        if deeper:
+            return True
+    return False
 
 
 def _envelope(element: Raw, max_nesting: int) -> _Envelope:
+    """Return the parts of a request. Raises ParseError and InvalidRequest."""
     text = bytes(element)
-    # Few brackets cannot be deep; only where there are many is their nesting counted.
-    if text.count(b"[") + text.count(b"{") > max_nesting and nesting(text) > max_nesting:
-        raise _too_deep(max_nesting)
     try:
-        return _read_envelope(element)
+        envelope = _read_envelope(element)
     except msgspec.ValidationError:
+        _check_json(text)
         raise InvalidRequest(reason="a request is an object") from None
+    except msgspec.DecodeError as error:
+        raise ParseError(reason=_without_prefix(str(error))) from None
+    except RecursionError:
+        raise _too_deep(max_nesting) from None
+    if len(text) <= LONG_CALL_BYTES and is_deeper(text, max_nesting):
+        raise _too_deep(max_nesting)
+    return envelope
+
+
+def _check_json(text: bytes) -> None:
+    """Raise ParseError where a text is no JSON."""
+    try:
+        _read_any(text)
+    except msgspec.DecodeError as error:
+        raise ParseError(reason=_without_prefix(str(error))) from None
+    except RecursionError:
+        pass
 
 
 def _id(envelope: _Envelope) -> Raw:

@@ -44,6 +44,7 @@ from broker.sharing import BACKLOG, Share, SharedSite
 from broker.starting import (
     StartError,
     Stopped,
+    announce,
     cannot_listen,
     migrated_database,
     stop_on_signals,
@@ -76,6 +77,11 @@ STATISTICS_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 # How often one of several processes says what its gauges are.
 GAUGES_SECONDS = 0.5
+# Limits that the metrics say beside what has been used of them.
+SHOWN_LIMITS = (
+    "max_connections", "max_calls", "max_calls_in_flight", "max_waiting_consumers", "database_connections",
+    "webhook_total",
+)  # fmt: skip
 GC_THRESHOLDS = (20_000, 20, 20)
 
 
@@ -86,7 +92,7 @@ async def serve(settings: Settings) -> None:
         async with migrated_database(settings, stop) as conninfo, contextlib.AsyncExitStack() as stack:
             server = await unless_stopped(stop, stack.enter_async_context(Server(conninfo, settings)))
             collect_less_garbage()
-            print(f"listening on {server.url}", flush=True)  # noqa: T201
+            announce(server.url)
             await stop.wait()
             log.info("stopping")
 
@@ -110,6 +116,7 @@ class Server:
         self._share = share
         self._tls = tls_of(settings)
         self.metrics = Metrics(share.metrics_folder if share else None)
+        self.metrics.show_limits({name: getattr(settings, name) for name in SHOWN_LIMITS})
         self.tally = Tally()
         self.database = Database(
             conninfo,
@@ -125,6 +132,7 @@ class Server:
             stored=lambda queue, stored: self.methods.stored(queue, stored),
             published=lambda published: self.methods.published(published),
             watch=self.metrics.statement_ended,
+            watch_ages=self.metrics.lease_age.observe_all,
             tally=self.tally,
         )
         self.waiting = WaitingRoom(
@@ -216,6 +224,12 @@ class Server:
         self.metrics.breaker.set(self.database.breaker.reason is not None)
         self.metrics.connections.set(len(self.runner.connections))
         self.metrics.pushing.set(self.webhooks.under_way)
+        self.metrics.in_flight.set(self.rpc.in_flight)
+        self.metrics.calls_waiting.set(self.calls.waiting + self.database.waiting)
+        connections, busy = self.database.pool_use()
+        self.metrics.pool.set(connections)
+        self.metrics.pool_busy.set(busy)
+        self.metrics.settle()
 
     async def _show_gauges(self) -> None:
         while True:

@@ -4,7 +4,8 @@ set -eu
 BROKER_URL=${BROKER_URL:-http://127.0.0.1:8080}
 
 call() {
-    answer=$(curl -sS --max-time 60 -H 'Content-Type: application/json' --data "$1" "$BROKER_URL/rpc")
+    answer=$(curl -sS --max-time 60 -H 'Content-Type: application/json' ${BROKER_TOKEN:+-H "Authorization: Bearer $BROKER_TOKEN"} \
+        --data "$1" "$BROKER_URL/rpc")
     printf '%s\n' "$answer"
     case $answer in '{'*'"result":'*) ;; *) return 1 ;; esac
 }
@@ -38,3 +39,20 @@ echo 'One copy was made. It is a message like any other; this consumer takes it 
 message='"topic":"news","body":{"rain":true},"headers":{"kind":"weather"}'
 call '{"jsonrpc":"2.0","id":9,"method":"publish","params":{'"$message"'}}'
 call '{"jsonrpc":"2.0","id":10,"method":"dequeue","params":{"queue":"letters","wait":20,"delivery":"at_most_once"}}'
+
+echo 'Whoever has heard no answer sends again. Under a key the message is stored once: the second is a duplicate.'
+order='"queue":"letters","body":{"order":7},"idempotency_key":"order-7-'$(date +%s%N)'"'
+call '{"jsonrpc":"2.0","id":11,"method":"enqueue","params":{'"$order"'}}'
+call '{"jsonrpc":"2.0","id":12,"method":"enqueue","params":{'"$order"'}}'
+
+echo 'Work that failed is given back, to come again in a tenth of a second, and is taken once more.'
+delivery=$(call '{"jsonrpc":"2.0","id":13,"method":"dequeue","params":{"queue":"letters","wait":20}}')
+printf '%s\n' "$delivery"
+receipt=$(printf '%s\n' "$delivery" | sed -n 's/.*"receipt": *"\([^"]*\)".*/\1/p')
+call '{"jsonrpc":"2.0","id":14,"method":"extend_visibility","params":{"receipt":"'"$receipt"'","visibility_timeout":0.1}}'
+delivery=$(call '{"jsonrpc":"2.0","id":15,"method":"dequeue","params":{"queue":"letters","wait":20}}')
+printf '%s\n' "$delivery"
+receipt=$(printf '%s\n' "$delivery" | sed -n 's/.*"receipt": *"\([^"]*\)".*/\1/p')
+
+echo 'This time it is done.'
+call '{"jsonrpc":"2.0","id":16,"method":"delete","params":{"receipt":"'"$receipt"'"}}'

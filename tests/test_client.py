@@ -3,18 +3,20 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import aiohttp
 import pytest
 
-from broker import client as client_module
-from broker.client import BrokerError, Client, ConnectionFailed
-from conftest import StartBroker
+from broker.client import BrokerError, Client, ConnectionFailed, LeaseLost, OutcomeUnknown, QueueNotFound
+from broker.client import client as client_module
+from conftest import PATIENCE, StartBroker
+from scripted import http, server
 
 
 @pytest.fixture
@@ -28,29 +30,6 @@ async def queue(client: Client) -> str:
     name = f"client-{uuid.uuid4().hex}"
     await client.create_queue(name)
     return name
-
-
-@asynccontextmanager
-async def server(answer: Callable[[bytes], bytes | None]) -> AsyncIterator[str]:
-    """Serve HTTP requests with the bytes that `answer` makes of them; None breaks the connection."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-        reply = answer(head + await reader.readexactly(length))
-        if reply is not None:
-            writer.write(reply)
-            await writer.drain()
-        writer.close()
-        await writer.wait_closed()
-
-    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with listener:
-        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-
-
-def http(status: str, body: str) -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
 
 
 async def enqueue_text(url: str, queue: str, body: str) -> None:
@@ -192,14 +171,75 @@ async def test_queues_can_be_looked_into(client: Client, queue: str) -> None:
     assert (await client.get_queue(queue))["counts"] == counts
 
 
-async def test_a_call_may_wait_longer_than_other_calls_may_take(
+async def test_leases_can_be_extended_many_at_a_time(client: Client, queue: str) -> None:
+    await client.enqueue_batch(queue, [{"body": 1}, {"body": 2}])
+    one, two = await client.dequeue(queue, max_messages=2, visibility_timeout=10)
+    await client.delete(two.receipt)
+
+    until, gone, wrong = await client.extend_visibility_batch([one.receipt, two.receipt, "not a receipt"], 600)
+
+    assert isinstance(until, datetime)
+    assert until > one.visible_at + timedelta(seconds=500)
+    assert isinstance(gone, LeaseLost)
+    assert isinstance(wrong, BrokerError)
+    assert wrong.type == "invalid_receipt"
+
+
+async def test_queues_and_messages_are_listed_page_by_page(
     client: Client, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As if the broker's answers were due within half a second, but for the wait that was asked for.
-    monkeypatch.setattr(client_module, "CALL_TIMEOUT", 0.5)
+    names = [f"{queue}-{n}" for n in range(3)]
+    for name in names:
+        await client.create_queue(name)
+    ids = await client.enqueue_batch(names[0], [{"body": n} for n in range(205)])
+    monkeypatch.setattr(client_module, "PAGE", 2)
+
+    listed = [each["queue"] async for each in client.list_queues(f"{queue}-", counts=True)]
+    messages = [message async for message in client.list_messages(names[0])]
+
+    assert listed == names
+    assert [message.message_id for message in messages] == ids
+    assert {(message.status, message.receipt) for message in messages} == {("ready", None)}
+    assert messages[7].body == 7
+    assert [message async for message in client.list_messages(names[0], "leased")] == []
+
+
+async def test_queues_are_changed_emptied_and_deleted(client: Client, queue: str) -> None:
+    await client.enqueue_batch(queue, [{"body": n} for n in range(7)])
+
+    changed = await client.update_queue(queue, visibility_timeout=5, message_ttl=None)
+
+    assert (changed["visibility_timeout"], changed["message_ttl"]) == (5, None)
+    assert await client.purge_queue(queue) == 7
+    await client.enqueue(queue, 1)
+    assert await client.delete_queue(queue) == 1
+    with pytest.raises(QueueNotFound):
+        await client.get_queue(queue)
+
+
+async def test_dead_letters_go_back_all_or_so_many(client: Client, queue: str) -> None:
+    other, dead = f"{queue}-other", f"{queue}-dead"
+    await client.create_queue(dead)
+    await client.create_queue(other, max_receives=1, dead_letter_queue=dead)
+    await client.enqueue_batch(other, [{"body": n} for n in range(5)])
+    for message in await client.dequeue(other, max_messages=5):
+        await client.extend_visibility(message.receipt, 0)
+    async with asyncio.timeout(PATIENCE):
+        while (await client.count_messages(dead))["total"] < 5:
+            await asyncio.sleep(0.05)  # until the sweeper has moved them
+
+    assert await client.redrive(dead, max_messages=2) == 2
+    assert await client.redrive(dead, to=queue) == 3
+    assert (await client.count_messages(other))["total"] == 2
+    assert (await client.count_messages(queue))["total"] == 3
+
+
+async def test_a_call_may_wait_longer_than_other_calls_may_take(broker_url: str, client: Client, queue: str) -> None:
     await client.enqueue(queue, 1, delay=1)
 
-    [message] = await client.dequeue(queue, wait=20)
+    # Answers are due within half a second, but for the wait that was asked for.
+    async with Client(broker_url, deadline=0, attempt_timeout=0.5) as hasty:
+        [message] = await hasty.dequeue(queue, wait=20)
 
     assert message.body == 1
 
@@ -352,33 +392,34 @@ async def test_a_broker_that_is_not_there_has_certainly_done_nothing() -> None:
     with socket.socket() as bound_but_deaf:
         bound_but_deaf.bind(("127.0.0.1", 0))
         port = bound_but_deaf.getsockname()[1]
-        async with Client(f"http://127.0.0.1:{port}") as client:
+        async with Client(f"http://127.0.0.1:{port}", deadline=0) as client:
             error = await failure_of(client.enqueue("default", 1))
 
     assert isinstance(error, ConnectionFailed)
+    assert not isinstance(error, OutcomeUnknown)
     assert (error.type, error.retryable, error.outcome) == ("unavailable", True, "none")
     assert str(port) in str(error)
 
 
 async def test_a_connection_that_breaks_after_sending_leaves_the_outcome_unknown() -> None:
     requests = []
-    async with server(lambda request: requests.append(request)) as url, Client(url) as client:
+    async with server(lambda request: requests.append(request)) as url, Client(url, deadline=0) as client:
         error = await failure_of(client.enqueue("default", 1))
 
     assert isinstance(error, ConnectionFailed)
+    assert isinstance(error, OutcomeUnknown)
     assert (error.type, error.retryable, error.outcome) == ("unavailable", True, "unknown")
     assert len(requests) == 1  # It was not sent again.
 
 
-async def test_an_answer_that_does_not_come_in_time_leaves_the_outcome_unknown(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(client_module, "CALL_TIMEOUT", 0.2)
+async def test_an_answer_that_does_not_come_in_time_leaves_the_outcome_unknown() -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
-        async with Client(f"http://127.0.0.1:{deaf.getsockname()[1]}") as client:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        async with Client(url, deadline=0, attempt_timeout=0.2) as client:
             error = await failure_of(client.enqueue("default", 1))
 
     assert isinstance(error, ConnectionFailed)
+    assert isinstance(error, OutcomeUnknown)
     assert error.outcome == "unknown"
 
 
@@ -392,10 +433,11 @@ async def test_an_answer_that_does_not_come_in_time_leaves_the_outcome_unknown(
     ],
 )
 async def test_an_answer_that_is_not_the_brokers_leaves_the_outcome_unknown(answer: bytes) -> None:
-    async with server(lambda _: answer) as url, Client(url) as client:
+    async with server(lambda _: answer) as url, Client(url, deadline=0) as client:
         error = await failure_of(client.enqueue("default", 1))
 
     assert isinstance(error, ConnectionFailed)
+    assert isinstance(error, OutcomeUnknown)
     assert error.outcome == "unknown"
 
 
@@ -403,7 +445,7 @@ async def test_an_error_that_came_with_another_status_is_the_brokers_own() -> No
     data = {"type": "unavailable", "retryable": True, "outcome": "none", "retry_after": 1}
     body = {"jsonrpc": "2.0", "id": None, "error": {"code": -32001, "message": "Draining.", "data": data}}
     answer = http("503 Service Unavailable", json.dumps(body))
-    async with server(lambda _: answer) as url, Client(url) as client:
+    async with server(lambda _: answer) as url, Client(url, deadline=0) as client:
         error = await failure_of(client.enqueue("default", 1))
 
     assert not isinstance(error, ConnectionFailed)
@@ -432,3 +474,42 @@ async def test_a_client_that_is_not_open_says_so() -> None:
 async def test_an_address_without_a_scheme_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="must begin with http://"):
         Client("127.0.0.1:8080")
+
+
+async def test_client_and_token_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[bytes] = []
+
+    def answer(request: bytes) -> bytes:
+        requests.append(request)
+        return http("200 OK", '{"jsonrpc":"2.0","id":1,"result":{"total":0,"exact":true}}')
+
+    async with server(answer) as url:
+        monkeypatch.setenv("BROKER_URL", url)
+        monkeypatch.setenv("BROKER_TOKEN", "secret-token")
+        async with Client.from_environment() as client:
+            await client.count_messages()
+
+    assert b"\r\nAuthorization: Bearer secret-token\r\n" in requests[0]
+
+
+def test_the_client_loads_nothing_of_the_server_and_only_two_libraries() -> None:
+    """In a process of its own, with all its modules, and with nothing else to be found than what it says it needs."""
+    script = """
+import importlib, importlib.metadata, pkgutil, sys
+import broker.client
+for module in pkgutil.iter_modules(broker.client.__path__):
+    importlib.import_module(f"broker.client.{module.name}")
+own = {name for name in sys.modules if name.startswith("broker.")}
+assert {name for name in own if not name.startswith("broker.client")} == set(), own
+roots = {name.partition(".")[0] for name in sys.modules}
+known = importlib.metadata.packages_distributions()
+print(*sorted({distribution for root in roots for distribution in known.get(root, [])}))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    # What aiohttp itself depends on, and nothing of what the server uses.
+    of_aiohttp = {
+        "aiohappyeyeballs", "aiosignal", "attrs", "frozenlist", "multidict", "propcache", "yarl", "idna",
+    }  # fmt: skip
+    loaded = set(ran.stdout.split())
+    assert {"aiohttp", "msgspec"} <= loaded
+    assert loaded - of_aiohttp - {"aiohttp", "msgspec", "wonderq", "setuptools", "typing_extensions"} == set()

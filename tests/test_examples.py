@@ -16,11 +16,13 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from broker.client import Client
 from conftest import StartBroker
+from scripted import http
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEADLINE = 120
@@ -191,12 +193,90 @@ async def test_a_consumer_that_is_told_to_stop_leaves_nothing_behind(
 @pytest.mark.parametrize("name", ["producer", "consumer"])
 async def test_producer_and_consumer_say_what_is_wrong(broker_url: str, queue: str, name: str) -> None:
     no_queue = await run(*example(name, broker_url, "--queue", queue))
-    no_broker = await run(*example(name, "http://127.0.0.1:1"))
+    no_broker = await run(*example(name, "http://127.0.0.1:1", "--deadline", "0.5"))
 
     assert (no_queue[0], no_broker[0]) == (1, 1)
     assert "queue_not_found" in no_queue[2]
     assert "http://127.0.0.1:1/rpc" in no_broker[2]
     assert "Traceback" not in no_queue[2] + no_broker[2]
+
+
+async def test_a_program_that_is_not_asynchronous_sends_and_handles(broker_url: str, client: Client) -> None:
+    code, output, errors = await run(sys.executable, "examples/synchronous.py", "one", "two", BROKER_URL=broker_url)
+
+    assert (code, errors) == (0, "")
+    assert sorted(line.split()[0] for line in output.splitlines()) == ["one", "two"]
+    assert (await client.count_messages("words"))["total"] == 0
+
+
+def node(*arguments: str) -> list[str]:
+    """Return the command of the example in Node, whose tests are left out only where nobody counts on them."""
+    if shutil.which("node") is None:
+        assert os.environ.get("CI") != "true", "node is missing"
+        pytest.skip("node is not installed")
+    return ["node", "examples/node/broker.mjs", *arguments]
+
+
+async def test_plain_node_sends_and_takes(broker_url: str, client: Client, queue: str) -> None:
+    await client.create_queue(queue)
+
+    sent = await run(*node("produce", queue, '{"hello":"world"}', "[1, 2]"), BROKER_URL=broker_url)
+    stored = [message.message_id async for message in client.list_messages(queue)]
+    taken = await run(*node("consume", queue, "2"), BROKER_URL=broker_url)
+
+    assert (sent[0], sent[2], sent[1].split()) == (0, "", stored)
+    assert taken == (0, '{"hello":"world"} 1\n[1,2] 1\n', "")
+    assert (await client.count_messages(queue))["total"] == 0
+
+
+async def test_plain_node_stores_once_what_it_has_to_send_twice(broker_url: str, client: Client, queue: str) -> None:
+    """A server before the broker passes each request on, and loses every other answer."""
+    await client.create_queue(queue)
+    sent: list[dict[str, Any]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        call = json.loads(await reader.readexactly(length))
+        sent.append(call["params"])
+        answer = {"jsonrpc": "2.0", "id": 1, "result": await client.call(call["method"], **call["params"])}
+        if len(sent) % 2 == 0:
+            writer.write(http("200 OK", json.dumps(answer)))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        code, output, errors = await run(*node("produce", queue, "1", "2", "3"), BROKER_URL=url)
+
+    stored = [message.message_id async for message in client.list_messages(queue)]
+    assert (code, errors, len(sent)) == (0, "", 6)
+    assert output.split() == stored
+    assert len({params["idempotency_key"] for params in sent}) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_plain_node_stops_when_it_is_told(
+    broker_url: str, client: Client, queue: str, number: signal.Signals
+) -> None:
+    await client.create_queue(queue)
+    await client.enqueue(queue, 1)
+    async with running(*node("consume", queue), BROKER_URL=broker_url) as consumer:
+        await line_of(consumer, "1 1")
+        consumer.send_signal(number)
+        code, _, errors = await outcome(consumer)
+
+    assert (code, errors) == (0, "")
+    assert (await client.count_messages(queue))["total"] == 0
+
+
+@pytest.mark.parametrize("what", ["produce", "consume"])
+async def test_plain_node_says_what_is_wrong(broker_url: str, queue: str, what: str) -> None:
+    no_queue = await run(*node(what, queue, "1"), BROKER_URL=broker_url)
+    no_broker = await run(*node(what, queue, "1"), BROKER_URL="http://127.0.0.1:1", DEADLINE_MS="500")
+
+    assert (no_queue[0], no_broker[0]) == (1, 1)
+    assert "queue_not_found" in no_queue[2]
+    assert "http://127.0.0.1:1" in no_broker[2]
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
@@ -210,7 +290,7 @@ async def test_the_session_can_be_run_and_pasted(broker_url: str, shell: str) ->
     for code, output, errors in (ran, pasted):
         answers = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         assert (code, errors) == (0, "")
-        assert [answer["id"] for answer in answers] == list(range(1, 11))
+        assert [answer["id"] for answer in answers] == list(range(1, 17))
         assert answers[2]["result"]["messages"][0]["body"] == {"hello": "world"}
         assert answers[4]["result"] == {"deleted": True}
         assert answers[5]["result"]["total"] == 0
@@ -218,6 +298,10 @@ async def test_the_session_can_be_run_and_pasted(broker_url: str, shell: str) ->
         (copy,) = answers[9]["result"]["messages"]
         assert (copy["body"], copy["topic"]) == ({"rain": True}, "news")
         assert copy["published_id"] == answers[8]["result"]["message_id"]
+        first, second = (answers[n]["result"] for n in (10, 11))
+        assert (first["duplicate"], second) == (False, {"message_id": first["message_id"], "duplicate": True})
+        assert [answers[n]["result"]["messages"][0]["receive_count"] for n in (12, 14)] == [1, 2]
+        assert answers[15]["result"] == {"deleted": True}
 
 
 async def test_the_session_ends_at_the_first_error() -> None:

@@ -352,6 +352,46 @@ def test_the_image_s_broker_refuses_to_serve_a_network_before_that_is_said(image
     assert "BROKER_AUTH=off" in broker.stderr
 
 
+# The systemd unit
+
+UNIT = ROOT / "packaging" / "systemd" / "wonderq.service"
+
+
+def unit() -> configparser.ConfigParser:
+    """Return the unit's sections; of a line that is there twice the last one."""
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(UNIT, "utf-8")
+    return parser
+
+
+def test_the_unit_runs_serve_unprivileged_and_waits_for_its_stop() -> None:
+    service = unit()["Service"]
+    assert service["ExecStart"].split()[1:] == ["serve"]
+    assert (service["DynamicUser"], service["NoNewPrivileges"], service["CapabilityBoundingSet"]) == ("yes", "yes", "")
+    assert (service["ProtectSystem"], service["Restart"]) == ("strict", "on-failure")
+    # Told at once, the broker's PostgreSQL would wait for the broker's sessions to end.
+    assert service["KillMode"] == "mixed"
+    assert int(service["TimeoutStopSec"].removesuffix("s")) > 10
+    data = dict(word.split("=", 1) for word in shlex.split(service["Environment"]))
+    assert data["BROKER_DATA_DIR"] == f"/var/lib/{service['StateDirectory']}"
+
+
+def test_the_variables_of_the_unit_are_settings() -> None:
+    named = set(re.findall(r"\b(?:BROKER|DATABASE)_\w+", UNIT.read_text("utf-8")))
+    assert named
+    assert named <= {about.variable for _, about, _ in settings_table()}
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd's own check")
+def test_systemd_finds_nothing_wrong_with_the_unit_and_little_exposed(tmp_path: Path) -> None:
+    copy = tmp_path / UNIT.name
+    copy.write_text(UNIT.read_text("utf-8").replace("/opt/wonderq/bin/wonderq", "/bin/true"))
+    assert run("systemd-analyze", "verify", copy) == ""
+    exposure = run("systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager", copy)
+    assert "Overall exposure level" in exposure
+
+
 # The compose file
 
 COMPOSE: Json = yaml.safe_load((DOCKER / "compose.yaml").read_text("utf-8"))

@@ -26,7 +26,6 @@ from broker_process import Start
 from conftest import Broker, Connect, StartBroker
 from outside import eventually, without_database
 from receiver import receiving
-from test_processes import call, http  # noqa: F401 - a fixture
 
 KINDS = ("enqueued", "delivered", "deleted", "returned", "dead", "expired")
 
@@ -264,13 +263,15 @@ async def test_a_queue_that_was_deleted_takes_its_figures_with_it(broker: Broker
 @pytest.mark.parametrize("processes", [1, 2])
 async def test_what_happened_just_before_sigterm_is_appended(
     start: Start,
-    http: aiohttp.ClientSession,  # noqa: F811
     database_url: str,
     connection: Connection,
     processes: int,
 ) -> None:
     broker = await (await start("--processes", str(processes), DATABASE_URL=database_url)).ready()
-    await call(http, broker.url, "enqueue_batch", messages=[{"body": n} for n in range(7)])
+    messages = [{"body": n} for n in range(7)]
+    request = {"jsonrpc": "2.0", "id": 1, "method": "enqueue_batch", "params": {"messages": messages}}
+    async with aiohttp.ClientSession() as http, http.post(f"{broker.url}/rpc", json=request) as response:
+        assert "result" in await response.json()
     broker.signal(signal.SIGTERM)
     assert await broker.ended() == 0, broker.log
     shown = await statistics.read(connection, "default", 2)

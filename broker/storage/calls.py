@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from broker.errors import BrokerError, QueueFull, QueueNotFound
 from broker.model import Lease, NewMessage
@@ -26,7 +27,9 @@ REMEMBERED_TOPICS = 10_000
 BYTES_LIKE_ONE_MESSAGE = 4096
 
 ExtendCall = tuple[Sequence[Lease], float]
-Watch = Callable[[str, int], None]
+# One in so many statements that delete asks how old the leases were.
+AGES_EVERY = 16
+Watch = Callable[[str, int, float], None]
 
 
 class Calls:
@@ -34,7 +37,8 @@ class Calls:
 
     Of what was done for a caller who is gone, `undelivered` is told, with the queue, where it is messages that were
     leased, `stored` where it is messages that were stored, and `published` where it is one that was published. `watch`
-    is told, for every statement, of which kind it was and how many calls it carried. What statements have done to
+    is told, for every statement, of which kind it was, how many calls it carried and how many seconds it took, and
+    `watch_ages`, for some of those that delete, how many seconds old the leases were. What statements have done to
     messages is added to the `tally`, whether or not anybody still waits for it.
     """
 
@@ -46,11 +50,14 @@ class Calls:
         undelivered: Callable[[str, Delivery], None] = lambda queue, delivery: None,
         stored: Callable[[str, Stored], None] = lambda queue, result: None,
         published: Callable[[Published], None] = lambda result: None,
-        watch: Watch = lambda kind, calls: None,
+        watch: Watch = lambda kind, calls, seconds: None,
+        watch_ages: Callable[[Sequence[float]], None] = lambda ages: None,
         tally: Tally | None = None,
     ) -> None:
         self.low_water = LowWater(database)
         self._tally = Tally() if tally is None else tally
+        self._watch_ages = watch_ages
+        self._deletes = 0
         self._hand_outs: dict[str, int] = {}
         # How many copies the last message of a topic came to: so much larger is a call than the message alone.
         self._deliveries: dict[str, int] = {}
@@ -63,34 +70,46 @@ class Calls:
             self._store,
             max_calls=max_calls,
             abandon=lambda call, result: stored(call.queue, result),
-            watch=lambda calls: watch("enqueue", calls),
+            watch=partial(watch, "enqueue"),
         )
         self._publish: GroupCommit[PublishCall, Published] = GroupCommit(
             database,
             self._copy,
             max_calls=max_calls,
             abandon=lambda call, result: published(result),
-            watch=lambda calls: watch("publish", calls),
+            watch=partial(watch, "publish"),
         )
         self._lease: GroupCommit[DequeueCall, Delivery] = GroupCommit(
             database,
             lambda connection, calls: self._hand_out(connection, calls, at_most_once=False),
             max_calls=max_calls,
             abandon=abandon,
-            watch=lambda calls: watch("dequeue", calls),
+            watch=partial(watch, "dequeue"),
         )
         self._remove: GroupCommit[DequeueCall, Delivery] = GroupCommit(
             database,
             lambda connection, calls: self._hand_out(connection, calls, at_most_once=True),
             max_calls=max_calls,
-            watch=lambda calls: watch("dequeue", calls),
+            watch=partial(watch, "dequeue"),
         )
         self._delete: GroupCommit[Sequence[Lease], list[bool | BrokerError]] = GroupCommit(
-            database, self._remove_leased, max_calls=max_calls, watch=lambda calls: watch("delete", calls)
+            database,
+            self._remove_leased,
+            max_calls=max_calls,
+            watch=partial(watch, "delete"),
         )
         self._extend: GroupCommit[ExtendCall, list[Extended | BrokerError]] = GroupCommit(
-            database, _extend, max_calls=max_calls, watch=lambda calls: watch("extend_visibility", calls)
+            database,
+            _extend,
+            max_calls=max_calls,
+            watch=partial(watch, "extend_visibility"),
         )
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for a statement to carry them."""
+        groups = (self._enqueue, self._publish, self._lease, self._remove, self._delete, self._extend)
+        return sum(group.waiting for group in groups)
 
     async def enqueue(self, queue: str, new: Sequence[NewMessage]) -> Stored:
         """Store messages in a queue, all or none.
@@ -151,7 +170,11 @@ class Calls:
         self, connection: Connection, calls: Sequence[Sequence[Lease]]
     ) -> list[list[bool | BrokerError] | BrokerError | Again]:
         held = [lease for each in calls for lease in each]
-        deleted = await leases.delete(connection, held)
+        ages: list[float] | None = [] if self._deletes % AGES_EVERY == 0 else None
+        self._deletes += 1
+        deleted = await leases.delete(connection, held, ages)
+        if ages:
+            self._watch_ages(ages)
         for lease, is_deleted in zip(held, deleted, strict=True):
             if is_deleted is True:
                 self._tally.add(lease.queue_id, DELETED)

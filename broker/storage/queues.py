@@ -268,6 +268,18 @@ async def list_by_name(
     return page, page[-1].queue if len(queues) > limit else None
 
 
+_COUNT = """
+SELECT count(*) FROM broker.queues WHERE deleted_at IS NULL
+"""
+
+
+async def count(connection: Connection) -> int:
+    """Return how many queues there are."""
+    row = await (await connection.execute(_COUNT)).fetchone()
+    assert row is not None, "an aggregate returns one row"
+    return int(row[0])
+
+
 _NAMES = """
 SELECT id, name FROM broker.queues WHERE id = ANY (%(ids)s::int[])
 """
