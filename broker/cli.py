@@ -123,7 +123,7 @@ def read_value(about: Setting, source: str, text: str) -> Any:
 @with_settings()
 def serve(settings: Settings) -> None:
     """Run a broker; without --database-url with a PostgreSQL of its own."""
-    configure_logs(settings.log_format)
+    configure_logs(settings.log_format, settings.log_level)
     sys.exit(processes.run(settings))
 
 

@@ -22,6 +22,7 @@ from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from broker import requests
 from broker.answers import (
     BODY_TOO_LARGE,
     INTERNAL_ERROR,
@@ -324,6 +325,9 @@ class Connection(RequestHandler):
         """
         response.headers.setdefault("Server", SERVER_NAME)
         response.headers.update(request.get(MORE_HEADERS, {}))
+        request_id = requests.current.get()
+        if request_id is not None:
+            response.headers[requests.HEADER] = request_id
         if (self._owner.is_draining or self._discarded is not None) and not self._messages:
             response.force_close()
 
@@ -372,6 +376,8 @@ class Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer as JSON-RPC, saying nothing of the inside; log only what is the server's fault."""
+        if requests.current.get() is None:
+            requests.begin(None)  # What cannot be read comes here without the guard.
         refusal = MALFORMED if status == 400 else _REFUSAL_BY_ERROR.get(type(exc), INTERNAL_ERROR)
         limit_name = _LIMIT_BY_ERROR.get(type(exc))
         if limit_name is not None:

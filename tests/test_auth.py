@@ -122,7 +122,8 @@ class World:
 
 
 async def answer(broker: Broker, token: str | None, method: str, /, **params: Any) -> dict[str, Any]:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    # What differs between two answers is then what they say.
+    headers = {"X-Request-Id": "same"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
     request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
     status, body = await broker.post(request, **headers)
     answered: dict[str, Any] = {"status": status, **json.loads(body)}
@@ -299,7 +300,7 @@ async def test_nobody_without_a_token_is_let_in(world: World) -> None:
     ]  # fmt: skip
     answers = set()
     for authorization in shown:
-        headers = {} if authorization is None else {"Authorization": authorization}
+        headers = {"X-Request-Id": "same"} | ({} if authorization is None else {"Authorization": authorization})
         async with world.broker.http.post(f"{world.broker.url}/rpc", json={}, headers=headers) as response:
             assert response.status == 401
             assert response.headers["WWW-Authenticate"] == "Bearer"

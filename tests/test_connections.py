@@ -71,8 +71,9 @@ class Answer:
         assert (document["jsonrpc"], document["id"]) == ("2.0", None)
         error = document["error"]
         assert set(error) == {"code", "message", "data"}
-        assert set(error["data"]) - {"retry_after"} == {"type", "retryable", "outcome"}
-        return {"code": error["code"], **error["data"]}
+        assert set(error["data"]) - {"retry_after", "request_id"} == {"type", "retryable", "outcome"}
+        data = {name: value for name, value in error["data"].items() if name != "request_id"}
+        return {"code": error["code"], **data}
 
 
 def parse(answer: bytes) -> Answer:
