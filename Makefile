@@ -9,8 +9,8 @@ ARGS ?=
 PG_BIN ?= /usr/lib/postgresql/15/bin
 # Tests that are not about what a database does, and those of processes that are killed, of which test-faults has its
 # own; test-postgresql leaves them out.
-NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,addresses benchmarks cli client client_docs client_retries connections \
-	consumer docs endpoints examples packaging places processes readme receivers rpc schema signatures sync_client \
+NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,addresses benchmarks cli client client_docs client_retries completion \
+	connections consumer daily_commands docs endpoints examples packaging places processes readme receivers rpc schema signatures sync_client \
 	tracing transport website)
 
 # As many processes as cores share the tests, each with a PostgreSQL of its own: make test ARGS='-n 0' uses one.
@@ -24,6 +24,7 @@ PY = $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
 INSTALLED_RELEASE = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-release-%)
 INSTALLED_DOCS = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-docs-%)
+INSTALLED_E2E = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-e2e-%)
 INSTALLED_BENCH = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-bench-%)
 $(shell [ -x $(PY) ] || rm -f $(VENV)/.installed-*)
 
@@ -71,6 +72,14 @@ soak: $(INSTALLED) ## Let random faults happen for as long as asked: make soak A
 .PHONY: test-nightly
 test-nightly: $(INSTALLED) ## Run what takes hours or root: seeded bugs, power cuts, full disks, Patroni, long soak (ARGS='PART ... --quick')
 	@PG_BIN=$(PG_BIN) PYTHONPATH=tests/faults $(PY) tests/nightly/nightly.py $(ARGS)
+
+.PHONY: e2e
+e2e: $(INSTALLED_E2E) ## Look at the dashboard in a real browser: Debian's chromium, or the one that CHROMIUM names
+	@$(PY) -m pytest $(SHARED) tests/e2e $(ARGS)
+
+.PHONY: screenshots
+screenshots: $(INSTALLED_E2E) ## Write the pictures of docs/images anew
+	@SCREENSHOTS=docs/images $(PY) -m pytest -n 0 tests/e2e/test_pictures.py $(ARGS)
 
 .PHONY: bench
 bench: $(INSTALLED_BENCH) ## Measure beside the peers that are installed, in under ten minutes; needs wrk
@@ -160,6 +169,11 @@ $(INSTALLED_RELEASE): $(INSTALLED)
 $(INSTALLED_DOCS): $(INSTALLED)
 	@echo "Installing what builds the site"
 	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev,docs]'
+	@touch $@
+
+$(INSTALLED_E2E): $(INSTALLED)
+	@echo "Installing what drives a browser"
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev,e2e]'
 	@touch $@
 
 $(INSTALLED_BENCH): $(INSTALLED)

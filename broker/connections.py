@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Connections beyond the limit that may wait for their 503 to be read; further ones are closed at once.
 MAX_REFUSED_CONNECTIONS = 256
+# How long a client may take to read why it is sent away.
+SENT_AWAY_SECONDS = 1.0
 
 Guard = Callable[..., Awaitable[Any]]
 OverLimit = Callable[[str], None]
@@ -247,11 +249,12 @@ class Connection(RequestHandler):
         else:
             deadline = self._head_deadline or self._next_keepalive_close_time
             if now >= deadline:
-                if self._head_deadline is not None:
-                    self.transport.write(TOO_SLOW.to_bytes())
                 if self._head_deadline is not None or self._is_new:
                     self._owner.over_limit("header_time")
-                self.force_close()
+                if self._head_deadline is None:
+                    self.force_close()
+                else:
+                    self._send_away(self.transport, TOO_SLOW)
                 return
         self._watch_until(deadline)
 
@@ -271,6 +274,7 @@ class Connection(RequestHandler):
         if request.version < HttpVersion10:  # A first line that ends before "HTTP/1.1".
             malformed = _ErrInfo(400, ValueError("no version"), "malformed")
             request_handler = self._make_error_handler(malformed)
+            request._version = HttpVersion10  # Or the answer would say HTTP/0.9, which is none.
         return super()._handle_request(request, start_time, request_handler)
 
     def can_answer_in_one_piece(self, request: BaseRequest) -> bool:
@@ -364,9 +368,13 @@ class Connection(RequestHandler):
         self.transport = transport
         self._owner.refused.add(self)
         self._owner.connection_made(self, transport)
-        transport.write(TOO_MANY_CONNECTIONS.to_bytes())
+        self._send_away(transport, TOO_MANY_CONNECTIONS)
+
+    def _send_away(self, transport: asyncio.Transport, refusal: Refusal) -> None:
+        """Answer a client that no task serves, and close in a moment: at once would reset what it still sends."""
+        transport.write(refusal.to_bytes())
         self._linger(transport)
-        self._keepalive_handle = self._loop.call_later(1.0, self.force_close)
+        self._keepalive_handle = self._loop.call_later(SENT_AWAY_SECONDS, self.force_close)
 
     def handle_error(
         self,

@@ -106,10 +106,12 @@ class Entrance:
             return refuse(415, InvalidRequest(reason="bodies are not compressed; leave Content-Encoding away"))
         if not is_json(request.headers.get("Content-Type", "")):
             return refuse(415, InvalidRequest(reason="the Content-Type must be application/json"))
-        try:
-            caller = await self._identify(request)
-        except RefusedLogin as error:
-            return error.response
+        caller = self._auth.known(request.headers.get("Authorization"))
+        if caller is None:
+            try:
+                caller = await self._identify(request)
+            except RefusedLogin as error:
+                return error.response
         return await self._rpc.handle(request, caller, self._address(request))
 
     async def _identify(self, request: web.Request) -> Caller | None:

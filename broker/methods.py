@@ -50,6 +50,7 @@ from broker.storage.database import Database
 from broker.storage.notifications import News
 from broker.storage.publishing import MAX_MESSAGE_BYTES, Published
 from broker.storage.storing import Stored
+from broker.storage.tokens import Grant
 from broker.tally import DELETED, ENQUEUED, Tally
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
@@ -60,6 +61,8 @@ TOO_LARGE = " " * (MAX_MESSAGE_BYTES + 1)
 EVERYBODY = 2**31
 # Methods whose name is no Python name.
 RENAMED = {"discover": "rpc.discover"}
+# What those may do of whom no token is asked.
+EVERYTHING = Grant(send=("*",), receive=("*",), manage=("*",), admin=True)
 
 
 @dataclass
@@ -246,9 +249,13 @@ class Methods:
             raise QueueNotFound(queue=queue)
         return found
 
-    async def list_queues(self, call: Call, prefix: str, counts: bool, limit: int, after: str | None) -> dict[str, Any]:
+    async def list_queues(
+        self, call: Call, prefix: str, counts: bool, dead_letter_queues: bool, limit: int, after: str | None
+    ) -> dict[str, Any]:
         page, next_name = await self.database.read(
-            lambda connection: queues.list_by_name(connection, prefix, limit, after, like=may_manage(call))
+            lambda connection: queues.list_by_name(
+                connection, prefix, limit, after, like=may_manage(call), are_targets=dead_letter_queues
+            )
         )
         return {"queues": await self._add_counts(page) if counts else page, "next": next_name}
 
@@ -439,6 +446,18 @@ class Methods:
             self.tally.add(news.queue, ENQUEUED, news.messages)
         self._copied(given_out.news)
         return {"messages": given_out.messages, "deliveries": given_out.deliveries, "complete": given_out.complete}
+
+    async def get_caller(self, call: Call) -> dict[str, Any]:
+        caller = call.caller
+        grant = EVERYTHING if caller is None else caller.grant
+        return {
+            "name": None if caller is None else caller.name,
+            "auth_required": caller is not None,
+            "send": grant.send,
+            "receive": grant.receive,
+            "manage": grant.manage,
+            "admin": grant.admin,
+        }
 
     async def get_server(self, call: Call) -> dict[str, Any]:
         facts = await self.database.read(durability.server_facts)

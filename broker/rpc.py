@@ -77,13 +77,13 @@ class Call:
 
 
 Method = Callable[..., Awaitable[Any]]
-# Raises Forbidden where the caller may not do this.
-Permit = Callable[[Call, MethodSchema, Mapping[str, Any]], Awaitable[None]]
+# Raises Forbidden where the caller may not do this; returns what has to be awaited before that is known, or None.
+Permit = Callable[[Call, MethodSchema, Mapping[str, Any]], Awaitable[None] | None]
 # Told of what somebody who administers has called, or somebody may not do, and what came of it: ok, or an error's type.
 Audit = Callable[[Call, MethodSchema, Mapping[str, Any], str], None]
 
 
-async def nobody_is_asked(call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> None:
+def nobody_is_asked(call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> None:
     """Permit everything."""
 
 
@@ -246,7 +246,9 @@ class Rpc:
         self._in_flight += 1
         try:
             if caller is not None:
-                await self._permit(call, schema, kwargs)
+                asking = self._permit(call, schema, kwargs)
+                if asking is not None:
+                    await asking
             result = await self._dispatch(schema.name, kwargs, call)
             outcome = "ok"
             return result

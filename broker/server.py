@@ -30,6 +30,7 @@ from broker.connections import ConnectionRunner
 from broker.draining import drain, nobody_else
 from broker.entrance import Entrance
 from broker.errors import BrokerError
+from broker.files import load_files
 from broker.installation import EmbeddedError
 from broker.methods import Methods
 from broker.metrics import Metrics
@@ -43,6 +44,7 @@ from broker.sharing import BACKLOG, Share, SharedSite
 from broker.starting import (
     StartError,
     Stopped,
+    announce,
     cannot_listen,
     migrated_database,
     stop_on_signals,
@@ -90,7 +92,7 @@ async def serve(settings: Settings) -> None:
         async with migrated_database(settings, stop) as conninfo, contextlib.AsyncExitStack() as stack:
             server = await unless_stopped(stop, stack.enter_async_context(Server(conninfo, settings)))
             collect_less_garbage()
-            print(f"listening on {server.url}", flush=True)  # noqa: T201
+            announce(server.url)
             await stop.wait()
             log.info("stopping")
 
@@ -186,7 +188,6 @@ class Server:
             document,
             is_draining=lambda: self.runner.is_draining,
             read_gauges=self._read_gauges,
-            shows_queues=lambda: not self.auth.is_required,
         )
         self.entrance = Entrance(
             settings, self.rpc, self.auth, self.metrics, self.limits, is_draining=lambda: self.runner.is_draining
@@ -215,7 +216,7 @@ class Server:
 
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=self.settings.max_request_bytes)
-        application.add_routes([web.post("/rpc", self.entrance.call), *self.pages.routes()])
+        application.add_routes([web.post("/rpc", self.entrance.call), *self.pages.routes(), *load_files().routes()])
         return application
 
     def _read_gauges(self) -> None:

@@ -14,9 +14,6 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
-
 
 def default_data_dir() -> Path:
     """Return where an embedded PostgreSQL keeps its data when nobody says otherwise."""
@@ -69,6 +66,10 @@ def parse_switch(text: str) -> bool:
 
 def parse_conninfo(text: str) -> str:
     """Read a libpq URL or connection string: only its form is checked."""
+    # Not before it is needed: commands that only show the settings need not wait for it.
+    from psycopg import ProgrammingError
+    from psycopg.conninfo import conninfo_to_dict
+
     try:
         conninfo_to_dict(text)
     except ProgrammingError:

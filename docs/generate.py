@@ -1,9 +1,9 @@
 """Write the reference from its sources: methods from `rpc_schema.json`, settings, outcomes and metrics from the code.
 
 It writes docs/rpc.md below the prose that is written there by hand, the table of outcomes within docs/reliability.md,
-docs/settings.md, docs/metrics.md and the Postman collection; with `--check` it writes nothing and exits 1 where a file
-is not what would be written. The output depends on the sources, never on the machine. What is to be said of one method
-belongs into the schema.
+docs/settings.md, docs/cli.md, docs/metrics.md and the Postman collection; with `--check` it writes nothing and exits 1
+where a file is not what would be written. The output depends on the sources, never on the machine. What is to be said
+of one method belongs into the schema.
 """
 
 import json
@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))  # The sources of this tree, whatever is installed
 from broker.metrics import Metrics  # noqa: E402
 from broker.settings import Setting, settings_table  # noqa: E402
 from broker.storage.outcomes import ANY_OTHER_SQLSTATE, BY_MOMENT, BY_SQLSTATE, Failure  # noqa: E402
+from cli_reference import render_cli  # noqa: E402
 
 Json = dict[str, Any]
 DOCUMENT: Json = json.loads((ROOT / "rpc_schema.json").read_text("utf-8"))
@@ -294,6 +295,7 @@ def main(arguments: list[str]) -> int:
         "rpc.md": render_rpc(prose),
         "reliability.md": reliability,
         "settings.md": render_settings(),
+        "cli.md": render_cli(COMMAND),
         "metrics.md": render_metrics(),
         POSTMAN: render_postman(),
     }

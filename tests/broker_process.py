@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import secrecy
+
 # Only catches a hang.
 DEADLINE = 60.0
 
@@ -30,14 +32,14 @@ class Process:
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
         self._process = process
-        self._log = log
+        self.log_path = log
         self.pid = process.pid
         self.url = ""
 
     @property
     def log(self) -> str:
         """What it has said on standard error."""
-        return self._log.read_text()
+        return self.log_path.read_text()
 
     async def ready(self) -> Process:
         """Wait until it listens."""
@@ -116,6 +118,7 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
     finally:
         for process in started:
             await process.kill()
+            secrecy.keep(process.log_path)
 
 
 @contextlib.contextmanager

@@ -26,12 +26,14 @@ from benchmarks import profile, report
 from benchmarks.__main__ import PLANS
 from benchmarks.bench import Bench, prepare
 from benchmarks.caller import Caller, SetTimes
+from benchmarks.consuming import Consuming
 from benchmarks.flat import QUEUE, fill
 from benchmarks.load import MissingProgram, Tally, Work, Wrk, merge, tally_of, work, write_bodies, wrk
 from benchmarks.processes import cpu_seconds
 from benchmarks.results import US, Cell, Check, Results, Sample, percentile, table
 from broker import answers, connections
 from broker.bodies import read_body
+from broker.client import BrokerError
 from broker.server import Server
 from broker.settings import Settings
 
@@ -268,6 +270,29 @@ def test_a_worker_that_fails_is_no_result() -> None:
 def test_rates_of_workers_that_ran_at_once_are_over_the_longest_time() -> None:
     tally = merge([Tally(messages=10, seconds=1), Tally(messages=10, seconds=2)])
     assert tally.messages_per_second == 10
+
+
+# The client's loop
+
+
+@pytest.mark.parametrize("by_loop", [False, True])
+def test_messages_that_are_consumed_count_when_they_are_deleted(standing_server: Server, by_loop: bool) -> None:
+    queue = f"bench-consuming-{by_loop}"
+    with Caller(standing_server.url) as caller:
+        caller.call("create_queue", queue=queue)
+        caller.call("enqueue_batch", queue=queue, messages=[{"body": n} for n in range(300)])
+        tally = Consuming(standing_server.url, queue, 3, 10, 300, by_loop).run(lambda: None)
+        assert (tally.messages, tally.errors) == (300, {})
+        assert caller.call("count_messages", queue=queue)["total"] == 0
+
+
+@pytest.mark.parametrize("by_loop", [False, True])
+def test_calls_that_are_refused_are_no_result_of_consuming(by_loop: bool) -> None:
+    def answer(call: dict[str, Any], n: int) -> tuple[int, Any]:
+        return 200, REFUSED if call["method"] == "dequeue" else {"result": {}}
+
+    with serving(answer) as url, pytest.raises(BrokerError):
+        Consuming(url, "q", 1, 10, 300, by_loop).run(lambda: None)
 
 
 # Latencies

@@ -79,6 +79,7 @@ class Answer:
 def parse(answer: bytes) -> Answer:
     head, _, body = answer.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
+    assert first.startswith(("HTTP/1.1 ", "HTTP/1.0 ")), first
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
     assert len(body) == int(headers["content-length"])
     return Answer(int(first.split()[1]), headers, body)
@@ -361,6 +362,7 @@ MALFORMED = {
     "unknown method": b"SEND /rpc HTTP/1.1\r\nHost: a\r\n\r\n",
     "method in lower case": b"post /rpc HTTP/1.1\r\nHost: a\r\n\r\n",
     "HTTP 0.9": b"GET /rpc\r\n\r\n",
+    "no space before the version": b"POST /rpcHTTP/1.1\r\nHost: a\r\n\r\n",
     "HTTP 2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "HTTP 3.0": b"GET /rpc HTTP/3.0\r\nHost: a\r\n\r\n",
     "space in the path": b"GET /rpc x HTTP/1.1\r\nHost: a\r\n\r\n",

@@ -28,6 +28,7 @@ SHOWN = {"text", "json", "ini", "nginx", "caddyfile", "yaml", "http", "mermaid",
 # What a test of its own runs and says more of.
 ELSEWHERE = {
     "docs/topics.md": "test_readme.py",
+    "docs/cli.md": "test_every_example_in_the_help_does_what_it_shows",
     "docs/rpc.md": "test_the_examples_of_the_reference_are_calls_that_the_broker_understands",
 }
 # By page, and how the block begins.

@@ -96,12 +96,15 @@ async def start_workers(
     for number, producer in enumerate(producers):
         await feed(producer, "\n".join(names[number::2]))
     await read_line(victim, "consumer-1")  # It is ready.
-    held = set((await read_line(victim, "consumer-1")).split()[1:])
+    first = await read_line(victim, "consumer-1")
     consumers = [await start_consumer(number, fault) for number in (2, 3)]
     for consumer in consumers:
         await read_line(consumer, "A consumer")
-    # It has said what it holds and keeps it until this moment.
+    # It says what it holds and keeps it until this moment.
     victim.kill()
+    assert victim.stdout is not None
+    rest = (await victim.stdout.read()).decode().split("\n")[:-1]  # The last may not be whole.
+    held = {line.removeprefix("holding ") for line in (first, *rest)}
     print(f"consumer-1 killed while it held {len(held)} messages", flush=True)
     return producers, consumers, held
 

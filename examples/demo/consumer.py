@@ -1,6 +1,6 @@
 """A consumer of the demo: reads the files that messages name and reports what it found.
 
-It sends its report, as a message, before it deletes the task. So if it dies in between there is a report
+It sends its report, as a message, before the task is deleted. So if it dies in between there is a report
 too many, never one too few; reports carry the task's message_id, by which the one too many is known.
 """
 
@@ -14,56 +14,46 @@ from broker.client import Client, Message, NewMessage
 from . import FAULTS, FILES, RESULTS, VISIBILITY_TIMEOUT
 from .files import read_file
 
-BATCH = 50
+AT_A_TIME = 50
 
 
-async def consume(client: Client, sender: str, directory: Path, fault: str) -> None:
-    """Work until the process is ended."""
-    while True:
-        tasks = await client.dequeue(FILES, max_messages=BATCH, wait=20)
-        if not tasks:
-            continue
-        receipts = [task.receipt for task in tasks]
-        keeper = asyncio.create_task(keep_leases(client, receipts))
-        reports = await asyncio.to_thread(work, tasks, sender, directory)
-        if fault == "stall":
-            # The worst moment to be killed: half of the work is reported, none of it deleted.
-            await client.enqueue_batch(RESULTS, reports[: (len(reports) + 1) // 2])
-            print("holding", *(task.message_id for task in tasks), flush=True)
-            await keeper
+class Worker:
+    """What handles the tasks, with a fault of which the demo must notice."""
+
+    def __init__(self, client: Client, sender: str, directory: Path, fault: str) -> None:
+        self._client = client
+        self._sender = sender
+        self._directory = directory
+        self._fault = fault
+        self._held = 0
+
+    async def handle(self, task: Message) -> None:
+        report = await asyncio.to_thread(report_on, task, self._sender, self._directory)
+        fault, self._fault = self._fault, self._fault if self._fault == "stall" else ""
         if fault == "wrong":
-            reports[0]["body"]["sha256"] = "0" * 64
-        if fault == "missing":
-            del reports[0]
-        fault = ""
-        if reports:
-            await client.enqueue_batch(RESULTS, reports)
-        await client.delete_batch(receipts)
-        keeper.cancel()
+            report["body"]["sha256"] = "0" * 64
+        self._held += 1
+        # One that stalls is killed at the worst moment: half of the work is reported, none of it deleted.
+        if fault != "missing" and not (fault == "stall" and self._held % 2):
+            await self._client.enqueue(RESULTS, **report)
+        if fault == "stall":
+            print("holding", task.message_id, flush=True)
+            await asyncio.Event().wait()
 
 
-async def keep_leases(client: Client, receipts: list[str | None]) -> None:
-    """Keep others off the tasks for as long as the work takes, however large the files are."""
-    while True:
-        await asyncio.sleep(VISIBILITY_TIMEOUT / 4)
-        await client.call("extend_visibility_batch", receipts=receipts, visibility_timeout=VISIBILITY_TIMEOUT)
-
-
-def work(tasks: list[Message], sender: str, directory: Path) -> list[NewMessage]:
-    """Read the files; return a report on each."""
-    reports = []
-    for task in tasks:
-        name = task.body["name"]
-        about = {"run": task.body["run"], "task": task.message_id, "receive_count": task.receive_count}
-        body = {**about, "name": name, **read_file(directory, name)}
-        reports.append(NewMessage(body=body, sender=sender))
-    return reports
+def report_on(task: Message, sender: str, directory: Path) -> NewMessage:
+    """Read the file; return the report."""
+    name = task.body["name"]
+    about = {"run": task.body["run"], "task": task.message_id, "receive_count": task.receive_count}
+    return NewMessage(body={**about, "name": name, **read_file(directory, name)}, sender=sender)
 
 
 async def main(url: str, sender: str, directory: Path, fault: str) -> None:
     async with Client(url, os.environ.get("BROKER_TOKEN")) as client:
         print("ready", flush=True)
-        await consume(client, sender, directory, fault)
+        worker = Worker(client, sender, directory, fault)
+        # However large the files are: the loop keeps others off a task for as long as the work takes.
+        await client.consume(FILES, worker.handle, concurrency=AT_A_TIME, visibility_timeout=VISIBILITY_TIMEOUT)
 
 
 if __name__ == "__main__":
