@@ -271,7 +271,7 @@ class Connection(RequestHandler):
             request._headers = CIMultiDictProxy(headers)
             is_known = expectation.lower() == "100-continue" and request.version >= HttpVersion11
             request[EXPECTS_CONTINUE] = is_known
-        if request.version < HttpVersion10:  # A first line that ends before "HTTP/1.1".
+        if request._version < HttpVersion10:  # A first line that ends before "HTTP/1.1".
             malformed = _ErrInfo(400, ValueError("no version"), "malformed")
             request_handler = self._make_error_handler(malformed)
             request._version = HttpVersion10  # Or the answer would say HTTP/0.9, which is none.

@@ -348,7 +348,7 @@ async def test_an_unknown_id_and_a_wrong_secret_are_told_apart_by_nothing(
     for token in (wrong_secret, unknown_id, revoked):
         await world.broker.server.auth.refresh()  # each begins as long after the tokens were read
         done.clear()
-        headers = {"Authorization": f"Bearer {token}"}
+        headers = {"X-Request-Id": "same", "Authorization": f"Bearer {token}"}
         async with world.broker.http.post(f"{world.broker.url}/rpc", json={}, headers=headers) as response:
             told = tuple((name, value) for name, value in response.headers.items() if name != "Date")
             seen.add((response.status, told, await response.read(), tuple(done)))

@@ -42,7 +42,7 @@ WELL_FORMED = {
     "a call": request(body=CALL % (b"get_queue", b'"queue":"default"')),
     "an error": request(body=CALL % (b"get_queue", b'"queue":"nowhere"')),
     "no JSON": request(body=b"{"),
-    "a notification": request(body=b'{"jsonrpc":"2.0","method":"enqueue","params":{"body":1}}'),
+    "a notification": request(body=b'{"jsonrpc":"2.0","method":"dequeue"}'),
     "no such page": request("GET", "/nowhere", None),
     "a page": request("GET", "/livez", None),
     "metrics": request("GET", "/metrics", None),
@@ -122,6 +122,7 @@ async def test_a_failure_of_a_statement_of_one_request_is_under_its_id(start: St
     _, answer = await post(broker.url, CALL % (b"get_stats", b""), **{HEADER: "mine-8"})
     assert answer["error"]["data"]["request_id"] == "mine-8"
     await broker.says("mine-8")
+    assert "call failed" not in broker.log
     assert "UndefinedTable" in str([line for line in lines_of(broker) if line.get("request_id") == "mine-8"])
 
 
@@ -144,6 +145,7 @@ async def test_only_what_is_as_bad_as_the_level_is_logged(
     assert await broker.ended() == 0
     assert ("create_queue" in broker.log) is is_said
     assert ("ACKNOWLEDGED MESSAGES CAN BE LOST" in broker.log) is is_said
+    assert ("worker serves worker=1" in broker.log) is is_said
 
 
 async def test_what_is_done_for_several_requests_is_under_the_id_of_none(
