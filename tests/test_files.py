@@ -92,6 +92,13 @@ def test_nothing_is_written_into_the_page_that_the_policy_would_refuse() -> None
     assert re.findall(r"<script(?![^>]* src=)|<style|style=|\bon\w+=|https?:", page) == []
 
 
+def test_the_page_asks_for_all_its_modules_at_once() -> None:
+    """Else a browser would learn of them one after the other, each from the one before."""
+    page = (FOLDER / "index.html").read_text("utf-8")
+    asked = set(re.findall(r' (?:href|src)="dashboard/([^"]+\.js)"', page))
+    assert asked == {path for path in FILES if path.endswith(".js")}
+
+
 @pytest.mark.parametrize("path", MODULES)
 def test_text_of_strangers_never_becomes_markup(path: str) -> None:
     """Elements are made by Preact, which sets text as text; what could make markup of it is not used at all."""

@@ -30,7 +30,11 @@ export class Away extends Error {
 }
 
 /** A token is needed, and this one does not count. */
-export class TokenNeeded extends Error {}
+export class TokenNeeded extends Error {
+  constructor() {
+    super("Your token does not count any more: sign in again.");
+  }
+}
 
 /** There were too many tokens that do not count. */
 export class Throttled extends Error {
@@ -126,7 +130,13 @@ async function sentence(status, text) {
 
 /** Call one method; return its result. Throws CallError, and what `batch` throws. */
 export async function call(method, params) {
-  const [answer] = await batch([[method, params]]);
+  let answer;
+  try {
+    [answer] = await batch([[method, params]]);
+  } catch (error) {
+    if (error instanceof Away) error.message = `${error.message.replace(/[.]$/, "")}. It may have been done all the same: look before you repeat it.`;
+    throw error;
+  }
   if (answer instanceof CallError) throw answer;
   return answer;
 }

@@ -89,6 +89,10 @@ def test_who_may_manage_some_queues_sees_those_and_no_figures_of_all(
     expect(page.get_by_text("Figures of all queues together need a token with admin.")).to_be_visible()
     expect(page.locator(".graph")).to_have_count(0)
     expect(page.locator(".refusal")).to_have_count(0)
+    with page.expect_request("**/rpc") as asked:
+        pass
+    assert "list_queues" in (asked.value.post_data or "")
+    assert "count_messages" not in (asked.value.post_data or ""), "what is refused is not asked for again and again"
     page.get_by_role("link", name="orders", exact=True).click()
     expect(page.get_by_role("button", name="Pause")).to_be_visible()
     expect(page.get_by_role("button", name="Send a message")).to_have_count(0)
