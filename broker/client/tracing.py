@@ -38,13 +38,12 @@ def span_of(message: Message) -> AbstractContextManager[Any]:
     if "opentelemetry.trace" not in sys.modules:
         return nullcontext()
     from opentelemetry import trace
-    from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     return trace.get_tracer("broker.client").start_as_current_span(
         f"process {message.queue}",
-        # Whatever span the loop itself runs in has nothing to do with it.
-        context=TraceContextTextMapPropagator().extract(message.headers, Context()),
+        # In no other span: the one that the loop itself runs in has nothing to do with it.
+        context=TraceContextTextMapPropagator().extract(message.headers),
         kind=trace.SpanKind.CONSUMER,
         attributes={
             "messaging.system": "wonderq",
