@@ -9,9 +9,9 @@ ARGS ?=
 PG_BIN ?= /usr/lib/postgresql/15/bin
 # Tests that are not about what a database does, and those of processes that are killed, of which test-faults has its
 # own; test-postgresql leaves them out.
-NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,addresses benchmarks cli client client_docs client_retries connections \
-	consumer docs endpoints examples packaging places processes readme receivers rpc schema signatures sync_client \
-	tracing transport)
+NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,addresses benchmarks cli client client_docs client_retries completion \
+	connections consumer daily_commands docs endpoints examples packaging places processes readme receivers rpc schema signatures sync_client \
+	tracing transport website)
 
 # As many processes as cores share the tests, each with a PostgreSQL of its own: make test ARGS='-n 0' uses one.
 SHARED = -n auto --maxprocesses 4 --dist worksteal
@@ -23,6 +23,8 @@ PY = $(VENV)/bin/python
 # not count where the Python went away that .venv was made with.
 INSTALLED := $(VENV)/.installed-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
 INSTALLED_RELEASE = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-release-%)
+INSTALLED_DOCS = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-docs-%)
+INSTALLED_E2E = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-e2e-%)
 INSTALLED_BENCH = $(INSTALLED:$(VENV)/.installed-%=$(VENV)/.installed-bench-%)
 $(shell [ -x $(PY) ] || rm -f $(VENV)/.installed-*)
 
@@ -71,6 +73,14 @@ soak: $(INSTALLED) ## Let random faults happen for as long as asked: make soak A
 test-nightly: $(INSTALLED) ## Run what takes hours or root: seeded bugs, power cuts, full disks, Patroni, long soak (ARGS='PART ... --quick')
 	@PG_BIN=$(PG_BIN) PYTHONPATH=tests/faults $(PY) tests/nightly/nightly.py $(ARGS)
 
+.PHONY: e2e
+e2e: $(INSTALLED_E2E) ## Look at the dashboard in a real browser: Debian's chromium, or the one that CHROMIUM names
+	@$(PY) -m pytest $(SHARED) tests/e2e $(ARGS)
+
+.PHONY: screenshots
+screenshots: $(INSTALLED_E2E) ## Write the pictures of docs/images anew
+	@SCREENSHOTS=docs/images $(PY) -m pytest -n 0 tests/e2e/test_pictures.py $(ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED_BENCH) ## Measure beside the peers that are installed, in under ten minutes; needs wrk
 	@$(PY) -m benchmarks --out benchmarks/results/bench.json $(ARGS)
@@ -111,9 +121,17 @@ format: $(INSTALLED) ## Format the code and repair what can be repaired
 docs: $(INSTALLED) ## Write the generated pages of docs/ anew
 	@$(PY) docs/generate.py
 
+.PHONY: site
+site: $(INSTALLED_DOCS) ## Build the documentation as a site, build/site/index.html, and look for dead links
+	@$(PY) docs/website.py
+
 .PHONY: wheel
 wheel: $(INSTALLED) ## Build the sdist, and from it the wheel, into dist/
 	@$(PY) -m build --no-isolation --outdir dist
+
+.PHONY: first-minute
+first-minute: wheel ## Do what a new user does, from `pip install` of the wheel on, in an empty folder
+	@timeout 600 sh tests/first_minute.sh "$$(ls -t dist/wonderq-*.whl | head -1)"
 
 .PHONY: lock
 lock: $(INSTALLED_RELEASE) ## Write docker/requirements.txt: every dependency of the image, by version and hash
@@ -131,7 +149,7 @@ sbom: $(INSTALLED_RELEASE) ## Write dist/wonderq.cdx.json, a list of what the im
 
 .PHONY: clean
 clean: ## Remove what was installed, built or left by tests and demos
-	@rm -rf $(VENV) .demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	@rm -rf $(VENV) .cache .demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED):
@@ -146,6 +164,16 @@ $(INSTALLED):
 $(INSTALLED_RELEASE): $(INSTALLED)
 	@echo "Installing what locks and audits"
 	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev,release]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@echo "Installing what builds the site"
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev,docs]'
+	@touch $@
+
+$(INSTALLED_E2E): $(INSTALLED)
+	@echo "Installing what drives a browser"
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[embedded,dev,e2e]'
 	@touch $@
 
 $(INSTALLED_BENCH): $(INSTALLED)

@@ -21,6 +21,8 @@ from benchmarks.bench import Bench, Options
 from benchmarks.cells import PLANS as CELLS
 from benchmarks.cells import Plan
 from benchmarks.consuming import CONSUMING_PLANS
+from benchmarks.dashboard import DASHBOARD_PLANS
+from benchmarks.defence import DEFENCE_PLANS
 from benchmarks.flat import FLAT_PLANS
 from benchmarks.load import MissingProgram
 from benchmarks.machine import machine, versions
@@ -28,7 +30,7 @@ from benchmarks.processes import Cluster, end_on_sigterm, temporary_folder
 from benchmarks.push import PUSH_PLANS
 from benchmarks.results import Cell, Results, table
 
-PLANS = (*CELLS, *PUSH_PLANS, *CONSUMING_PLANS, *FLAT_PLANS)
+PLANS = (*CELLS, *PUSH_PLANS, *CONSUMING_PLANS, *DEFENCE_PLANS, *FLAT_PLANS, *DASHBOARD_PLANS)
 
 
 def main() -> int:

@@ -19,12 +19,14 @@ from benchmarks.load import Tally
 
 
 class Caller:
-    """One connection to a broker. What is refused raises RuntimeError."""
+    """One connection to a broker, with a token where one is given. What is refused raises RuntimeError."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, token: str | None = None) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._head = f"Host: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        if token is not None:
+            self._head += f"Authorization: Bearer {token}\r\n"
         self._socket = socket.create_connection((parts.hostname, parts.port or 80), timeout=120)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -41,6 +43,10 @@ class Caller:
     def request(self, method: str, **params: Any) -> bytes:
         """Return the bytes of a call."""
         body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}, separators=(",", ":"))
+        return self.post(body)
+
+    def post(self, body: str) -> bytes:
+        """Return the bytes of a request with this body, in ASCII."""
         return f"POST /rpc HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
     def send(self, request: bytes) -> None:
@@ -68,11 +74,19 @@ class Caller:
 
     def timed(self, request: bytes) -> tuple[Any, float]:
         """Send a call; return its result, and the milliseconds until the answer was there, not yet read as JSON."""
+        body, milliseconds = self._timed(request)
+        return result_of(body), milliseconds
+
+    def timed_batch(self, request: bytes) -> tuple[Any, float]:
+        """Send a batch of calls; return its answers, errors too, and the milliseconds until they were there."""
+        body, milliseconds = self._timed(request)
+        return json.loads(body), milliseconds
+
+    def _timed(self, request: bytes) -> tuple[bytes, float]:
         began_at = time.perf_counter()
         self.send(request)
         body = self.receive()
-        milliseconds = (time.perf_counter() - began_at) * 1000
-        return result_of(body), milliseconds
+        return body, (time.perf_counter() - began_at) * 1000
 
     def get(self, path: str) -> float:
         """GET a page; return the milliseconds that it took."""

@@ -8,6 +8,8 @@ local common = {}
 completed, calls, refused, refusal = 0, 0, 0, ""
 
 local threads = {}
+-- The field of a request's head that says who calls, where the option `token` was given.
+local authorization = ""
 
 function setup(thread)
    table.insert(threads, thread)
@@ -19,6 +21,9 @@ function common.options(arguments)
    for _, argument in ipairs(arguments) do
       local name, value = argument:match("^([%w_]+)=(.*)$")
       options[name] = tonumber(value) or value
+   end
+   if options.token then
+      authorization = "\r\nAuthorization: Bearer " .. options.token
    end
    return options
 end
@@ -39,7 +44,7 @@ end
 function common.call(id, method, params)
    local body = '{"jsonrpc":"2.0","id":' .. id .. ',"method":"' .. method .. '","params":{' .. params .. "}}"
    return "POST /rpc HTTP/1.1\r\nHost: " .. wrk.headers["Host"] ..
-      "\r\nContent-Type: application/json\r\nContent-Length: " .. #body .. "\r\n\r\n" .. body
+      "\r\nContent-Type: application/json\r\nContent-Length: " .. #body .. authorization .. "\r\n\r\n" .. body
 end
 
 -- A call that stores `batch` messages.

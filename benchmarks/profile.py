@@ -56,7 +56,10 @@ PARTS = tuple(
         ("HTTP: reading and parsing", r"data_received |^read_body |^BaseRequest\.read |\(aiohttp/(streams|base_pro)"),
         ("HTTP: writing the answer", r"write_answer |in_one_piece |^JsonAnswer|^rfc822|\(aiohttp/(http_wri|web_resp)"),
         ("HTTP: Host, Content-Type, route", r"\(broker/server|\(aiohttp/web_urldispatcher"),
-        ("HTTP: connection and request otherwise", r"\(aiohttp/|\(broker/connections|\(yarl/|\(multidict/"),
+        (
+            "HTTP: connection and request otherwise",
+            r"\(aiohttp/|\(broker/(?:connections|bodies|answers)|\(yarl/|\(multidict/",
+        ),
         ("JSON-RPC: envelope, params by the schema, result", r"\(broker/(rpc|schema)"),
         ("JSON-RPC: jsonrpcserver calls the method", r"\(jsonrpcserver/|\(oslash/"),
         ("counting for /metrics", r"\(broker/metrics|\(prometheus_client/"),

@@ -6,8 +6,11 @@ It has no bodies, receipts or tokens. It goes where the log goes, under a name o
 
 from __future__ import annotations
 
+import getpass
 import logging
+import socket
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from broker.rpc import Call
@@ -25,6 +28,17 @@ def call_ended(call: Call, schema: MethodSchema, params: Mapping[str, Any], outc
     about = " ".join(f"{name}={params[name]}" for name in SHOWN if isinstance(params.get(name), str))
     caller = NOBODY if call.caller is None else call.caller.name
     log.info("%s caller=%s address=%s %s outcome=%s", schema.name, caller, call.address, about, outcome)
+
+
+def command_line(command: str, outcome: str, **about: object) -> str:
+    """Return what is to be written down of a command: whoever is logged in on this machine has given it."""
+    try:
+        caller = getpass.getuser()
+    except (KeyError, OSError):
+        caller = NOBODY
+    shown = " ".join(f"{name}={value}" for name, value in about.items())
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return f"{now} {command} caller={caller} address={socket.gethostname()} {shown} outcome={outcome}"
 
 
 def login_refused(address: str, path: str, reason: str) -> None:

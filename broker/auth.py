@@ -26,6 +26,7 @@ from broker.storage.database import Connection, Database
 from broker.storage.tokens import Grant, StoredToken
 
 log = logging.getLogger("broker.auth")
+audit_log = logging.getLogger("broker.audit")
 
 REFRESH_SECONDS = 1.0
 # A read that is not answered by then gives its connection back to those who call.
@@ -78,14 +79,28 @@ class Caller:
 
     def begin(self) -> None:
         """Count a call that begins; `end` is to be called for it. Raises Overloaded."""
+        if self._left >= 1 and self.in_flight < self.limits.in_flight:
+            self._left -= 1  # What a second permits is refilled only where it is used up: the clock costs as much.
+            self.in_flight += 1
+            return
         if self.in_flight >= self.limits.in_flight:
-            raise Overloaded(limit=self.limits.in_flight, what="calls in flight for one token", retry_after=1)
+            raise Overloaded(
+                limit=self.limits.in_flight,
+                what="calls in flight for one token",
+                retry_after=1,
+                counted_as="calls_per_token",
+            )
         now = time.monotonic()
         per_second = self.limits.per_second
         self._left = min(per_second, self._left + (now - self._counted_at) * per_second)
         self._counted_at = now
         if self._left < 1:
-            raise Overloaded(limit=per_second, what="calls a second for one token", retry_after=1)
+            raise Overloaded(
+                limit=per_second,
+                what="calls a second for one token",
+                retry_after=1,
+                counted_as="call_rate_per_token",
+            )
         self._left -= 1
         self.in_flight += 1
 
@@ -121,6 +136,8 @@ class Auth:
         self._max_failures = max_failures
         self._limits = limits
         self._callers: Mapping[str, tuple[bytes, Caller]] = {}
+        # Who showed this Authorization header since the tokens were read: it need not be taken apart again.
+        self._let_in: dict[str, Caller] = {}
         self._is_required = mode == "required"
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
@@ -156,12 +173,32 @@ class Auth:
         found, were_ever = await self._database.read(_read_all, timeout=READ_SECONDS)
         before = {token_id: caller for token_id, (_, caller) in self._callers.items()}
         self._callers = {each.id: (each.secret_hash, self._caller(before.get(each.id), each)) for each in found}
+        if self._read_at > float("-inf"):
+            self._tell_of_changes(before)
+        self._let_in.clear()
         self._is_required = self._is_required or were_ever
         self._read_at = asked_at
+
+    def _tell_of_changes(self, before: Mapping[str, Caller]) -> None:
+        """Write down which tokens count since now, and which no more: who makes and revokes them is not here."""
+        now = {token_id: caller for token_id, (_, caller) in self._callers.items()}
+        for token_id in now.keys() - before.keys():
+            audit_log.info("token_counts name=%s token_id=%s outcome=ok", now[token_id].name, token_id)
+        for token_id in before.keys() - now.keys():
+            audit_log.info("token_counts_no_more name=%s token_id=%s outcome=ok", before[token_id].name, token_id)
 
     def _caller(self, before: Caller | None, token: StoredToken) -> Caller:
         """Return who has a token: him who was known before, whose calls are counted."""
         return before or Caller(token.name, token.grant, self._limits)
+
+    def known(self, authorization: str | None) -> Caller | None:
+        """Return who calls, where he was let in before and nothing has changed since; None where `identify` must say.
+
+        Only who has shown a good token finds himself here, so what it takes to look tells nothing of a token.
+        """
+        if self._mode == "off" or authorization is None or time.monotonic() - self._read_at > MAX_AGE_SECONDS:
+            return None
+        return self._let_in.get(authorization)
 
     async def identify(self, authorization: str | None, address: str) -> Caller | None:
         """Return who calls, by his Authorization header; None where nobody needs a token.
@@ -177,6 +214,8 @@ class Auth:
         caller = self._find(authorization)
         if caller is None:
             caller = await self._find_anew(authorization, address)
+        if authorization is not None and len(self._let_in) < MOST_NAMES:
+            self._let_in[authorization] = caller
         return caller
 
     async def _find_anew(self, authorization: str | None, address: str) -> Caller:

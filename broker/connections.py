@@ -3,189 +3,57 @@
 aiohttp waits without end for a request's head and for its body, answers broken HTTP in its own words with
 a traceback in the log, and drops requests when it stops. `ConnectionRunner` is its AppRunner with a limit on
 each of these. It does not promise an answer to a client that still sends after `lingering_time` or
-`max_lingering_bytes`: such a client may see a reset. Handlers read bodies with `read_body`, nothing else,
-because only that sends the "100 Continue" some clients wait for.
+`max_lingering_bytes`: such a client may see a reset. Handlers read bodies with `bodies.read_body`, nothing else.
 """
 
 import asyncio
-import json
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from http import HTTPStatus
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from aiohttp import hdrs, web
-from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from broker.answers import (
+    BODY_TOO_LARGE,
+    INTERNAL_ERROR,
+    MALFORMED,
+    SERVER_NAME,
+    TOO_MANY_CONNECTIONS,
+    TOO_SLOW,
+    JsonAnswer,
+    Refusal,
+)
+from broker.bodies import EXPECTS_CONTINUE, BodyTooLarge, BodyTooSlow, ConnectionLimits
+
 logger = logging.getLogger(__name__)
 
-SERVER_NAME = "wonderq"
 # Connections beyond the limit that may wait for their 503 to be read; further ones are closed at once.
 MAX_REFUSED_CONNECTIONS = 256
+# How long a client may take to read why it is sent away.
+SENT_AWAY_SECONDS = 1.0
 
 Guard = Callable[..., Awaitable[Any]]
-
-_EXPECTS_CONTINUE = web.RequestKey("expects_continue", bool)
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """How much time, in seconds, and how many bytes a client gets."""
-
-    header_timeout: float = 15.0
-    body_timeout: float = 60.0
-    body_stall_timeout: float = 15.0
-    keepalive_timeout: float = 75.0
-    max_body_bytes: int = 8 * 2**20
-    max_connections: int = 10_000
-    lingering_time: float = 10.0
-    max_lingering_bytes: int = 64 * 2**20
-
+OverLimit = Callable[[str], None]
 
 # What is to be said with the answer to a request, whoever answers: set it as request[MORE_HEADERS].
 MORE_HEADERS = web.RequestKey("more_headers", dict[str, str])
 
 
-class BodyTooLarge(Exception):
-    """The request's body is over the limit; send less in one request."""
-
-
-class BodyTooSlow(Exception):
-    """The request's body did not arrive in time; send it again."""
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """An answer that is given before, or instead of, the application's."""
-
-    status: HTTPStatus
-    code: int
-    type: str
-    message: str
-    retryable: bool = False
-    outcome: str = "none"
-    headers: tuple[tuple[str, str], ...] = ()
-
-    @cached_property
-    def response_fields(self) -> dict[str, str]:
-        # Connection is spelt out because aiohttp takes what it cannot parse for HTTP/1.0.
-        return {"Content-Type": "application/json", **dict(self.headers), "Connection": "close"}
-
-    @cached_property
-    def body(self) -> bytes:
-        data: dict[str, Any] = {"type": self.type, "retryable": self.retryable, "outcome": self.outcome}
-        if self.type == "overloaded":
-            data["retry_after"] = 1
-        error = {"code": self.code, "message": self.message, "data": data}
-        return json.dumps({"jsonrpc": "2.0", "error": error, "id": None}).encode()
-
-    def to_bytes(self) -> bytes:
-        fields = {**self.response_fields, "Content-Length": str(len(self.body))}
-        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        return f"HTTP/1.1 {self.status} {self.status.phrase}\r\n{head}\r\n".encode() + self.body
-
-    def to_response(self) -> web.Response:
-        response = web.Response(status=self.status, body=self.body, headers=self.response_fields)
-        response.force_close()
-        return response
-
-
-# fmt: off
-_MALFORMED = _Refusal(
-    HTTPStatus.BAD_REQUEST, -32600, "invalid_request",
-    "This is not a valid HTTP/1.1 request: check its first line, headers and body framing.")
-_TOO_SLOW = _Refusal(
-    HTTPStatus.REQUEST_TIMEOUT, -32600, "invalid_request",
-    "The whole request did not arrive in time: send it again.", retryable=True)
-_BODY_TOO_LARGE = _Refusal(
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, -32600, "invalid_request",
-    "The request's body is over this server's limit: send less in one request.")
-_TOO_MANY_CONNECTIONS = _Refusal(
-    HTTPStatus.SERVICE_UNAVAILABLE, -32002, "overloaded",
-    "This server has too many connections: wait a second, then connect again.",
-    retryable=True, headers=(("Retry-After", "1"),))
-_INTERNAL_ERROR = _Refusal(
-    HTTPStatus.INTERNAL_SERVER_ERROR, -32603, "internal_error",
-    "The server failed while it worked on this request: what was done is unknown.",
-    outcome="unknown")
-# fmt: on
-_REFUSAL_BY_ERROR: dict[type, _Refusal] = {
-    RequestPayloadError: _MALFORMED,
-    BodyTooLarge: _BODY_TOO_LARGE,
-    BodyTooSlow: _TOO_SLOW,
+_REFUSAL_BY_ERROR: dict[type, Refusal] = {
+    RequestPayloadError: MALFORMED,
+    BodyTooLarge: BODY_TOO_LARGE,
+    BodyTooSlow: TOO_SLOW,
 }
-
-
-async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
-    """Read the whole body, and ask for it where the client waits for that.
-
-    A handler may let both errors pass: the connection then answers 413 or 408.
-
-    Raises BodyTooLarge (by Content-Length before a byte is read) and BodyTooSlow.
-    """
-    if (request.content_length or 0) > limits.max_body_bytes:
-        raise BodyTooLarge
-    payload = request.content
-    if payload.is_eof():  # Small requests arrive whole: no timer for them.
-        if payload.total_bytes > limits.max_body_bytes:
-            raise BodyTooLarge
-        return payload.read_nowait()
-    if request.get(_EXPECTS_CONTINUE):
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # The answer itself has not begun.
-    body = bytearray()  # Not a list: a client may send chunks of one byte.
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + limits.body_timeout
-    while True:
-        try:
-            async with asyncio.timeout_at(min(deadline, loop.time() + limits.body_stall_timeout)):
-                chunk = await payload.readany()
-        except TimeoutError:
-            raise BodyTooSlow from None
-        if not chunk:
-            return bytes(body)
-        body += chunk
-        if len(body) > limits.max_body_bytes:
-            raise BodyTooLarge
-
-
-class JsonAnswer:
-    """A 200 with a body of JSON, as a handler may return it: written in one piece, without aiohttp's response.
-
-    That one is built for everything that an answer can be, and takes as long as a small request takes otherwise.
-    """
-
-    __slots__ = ("body", "is_sent")
-
-    # What aiohttp asks of a response that it did not write itself.
-    keep_alive = True
-
-    def __init__(self, body: bytes) -> None:
-        self.body = body
-        self.is_sent = False
-
-    def to_bytes(self) -> bytes:
-        return (
-            f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(self.body)}\r\n"
-            f"Date: {rfc822_formatted_time()}\r\nServer: {SERVER_NAME}\r\n\r\n"
-        ).encode() + self.body
-
-    def to_response(self) -> web.Response:
-        return web.Response(body=self.body, content_type="application/json")
-
-
-def json_answer(body: bytes) -> web.StreamResponse:
-    """Return a JsonAnswer as what aiohttp takes it for."""
-    return cast(web.StreamResponse, JsonAnswer(body))
+_LIMIT_BY_ERROR: dict[type, str] = {BodyTooLarge: "request_bytes", BodyTooSlow: "body_time"}
 
 
 async def send(request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
@@ -247,8 +115,8 @@ class Connection(RequestHandler):
     """
 
     __slots__ = (
-        "_channel", "_discarded", "_head_deadline", "_is_lingering", "_limits", "_newest_payload", "_newest_upgrade",
-        "_owner", "_upgrade_bytes_left",
+        "_channel", "_discarded", "_head_deadline", "_is_lingering", "_is_new", "_limits", "_newest_payload",
+        "_newest_upgrade", "_owner", "_upgrade_bytes_left",
     )  # fmt: skip
 
     def __init__(self, manager: "ConnectionServer", **kwargs: Any) -> None:
@@ -262,6 +130,7 @@ class Connection(RequestHandler):
         self._head_deadline: float | None = None  # While the head of a request is half here.
         self._discarded: int | None = None  # Bytes thrown away since parsing ended.
         self._is_lingering = False
+        self._is_new = True  # Until its first request.
 
     @property
     def is_busy(self) -> bool:
@@ -316,6 +185,7 @@ class Connection(RequestHandler):
         if messages:
             message, payload = messages[-1]
             self._head_deadline = None
+            self._is_new = False
             if isinstance(message, _ErrInfo):
                 messages.pop()
                 self._give_up_parsing(message.exc)
@@ -378,9 +248,12 @@ class Connection(RequestHandler):
         else:
             deadline = self._head_deadline or self._next_keepalive_close_time
             if now >= deadline:
-                if self._head_deadline is not None:
-                    self.transport.write(_TOO_SLOW.to_bytes())
-                self.force_close()
+                if self._head_deadline is not None or self._is_new:
+                    self._owner.over_limit("header_time")
+                if self._head_deadline is None:
+                    self.force_close()
+                else:
+                    self._send_away(self.transport, TOO_SLOW)
                 return
         self._watch_until(deadline)
 
@@ -396,7 +269,7 @@ class Connection(RequestHandler):
             expectation = headers.popall(hdrs.EXPECT)[0]
             request._headers = CIMultiDictProxy(headers)
             is_known = expectation.lower() == "100-continue" and request.version >= HttpVersion11
-            request[_EXPECTS_CONTINUE] = is_known
+            request[EXPECTS_CONTINUE] = is_known
         if request.version < HttpVersion10:  # A first line that ends before "HTTP/1.1".
             malformed = _ErrInfo(400, ValueError("no version"), "malformed")
             request_handler = self._make_error_handler(malformed)
@@ -483,15 +356,20 @@ class Connection(RequestHandler):
 
     def _refuse(self, transport: asyncio.Transport) -> None:
         """Answer 503 without a task, and wait a second for the client to read it."""
+        self._owner.over_limit("connections")
         if len(self._owner.refused) >= MAX_REFUSED_CONNECTIONS:
             transport.abort()
             return
         self.transport = transport
         self._owner.refused.add(self)
         self._owner.connection_made(self, transport)
-        transport.write(_TOO_MANY_CONNECTIONS.to_bytes())
+        self._send_away(transport, TOO_MANY_CONNECTIONS)
+
+    def _send_away(self, transport: asyncio.Transport, refusal: Refusal) -> None:
+        """Answer a client that no task serves, and close in a moment: at once would reset what it still sends."""
+        transport.write(refusal.to_bytes())
         self._linger(transport)
-        self._keepalive_handle = self._loop.call_later(1.0, self.force_close)
+        self._keepalive_handle = self._loop.call_later(SENT_AWAY_SECONDS, self.force_close)
 
     def handle_error(
         self,
@@ -501,12 +379,15 @@ class Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer as JSON-RPC, saying nothing of the inside; log only what is the server's fault."""
-        refusal = _MALFORMED if status == 400 else _REFUSAL_BY_ERROR.get(type(exc), _INTERNAL_ERROR)
-        if refusal is _INTERNAL_ERROR:
+        refusal = MALFORMED if status == 400 else _REFUSAL_BY_ERROR.get(type(exc), INTERNAL_ERROR)
+        limit_name = _LIMIT_BY_ERROR.get(type(exc))
+        if limit_name is not None:
+            self._owner.over_limit(limit_name)
+        if refusal is INTERNAL_ERROR:
             logger.exception("request failed: method=%r path=%r", request.method, request.path)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun, so it can only be cut off")
-        if refusal is _BODY_TOO_LARGE:
+        if refusal is BODY_TOO_LARGE:
             limit = self._limits.max_body_bytes
             refusal = replace(refusal, message=f"{refusal.message} The limit is {limit} bytes (--max-request-bytes).")
         return refusal.to_response()
@@ -515,7 +396,9 @@ class Connection(RequestHandler):
 class ConnectionServer(web.Server):
     """The connections of one process, and whether it takes more."""
 
-    def __init__(self, origin: web.Server, limits: ConnectionLimits, guard: Guard | None) -> None:
+    def __init__(
+        self, origin: web.Server, limits: ConnectionLimits, guard: Guard | None, over_limit: OverLimit
+    ) -> None:
         super().__init__(
             origin.request_handler if guard is None else partial(guard, handler=origin.request_handler),
             request_factory=origin.request_factory,
@@ -524,6 +407,7 @@ class ConnectionServer(web.Server):
             **origin._kwargs,
         )
         self.limits = limits
+        self.over_limit = over_limit
         self.is_draining = False
         self.accepted_count = 0
         self.refused: set[Connection] = set()
@@ -541,11 +425,18 @@ class ConnectionRunner(web.AppRunner):
     """Run an application over `Connection`s. The methods below need `setup()` to have run.
 
     `guard` is called for every request, with the application as its `handler`: a middleware that can also answer
-    in the place of the application, before its routes are looked at.
+    in the place of the application, before its routes are looked at. `over_limit` is told of the limit that a client
+    was over.
     """
 
     def __init__(
-        self, app: web.Application, *, limits: ConnectionLimits, guard: Guard | None = None, **kwargs: Any
+        self,
+        app: web.Application,
+        *,
+        limits: ConnectionLimits,
+        guard: Guard | None = None,
+        over_limit: OverLimit = lambda limit: None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             app,
@@ -559,9 +450,10 @@ class ConnectionRunner(web.AppRunner):
         )
         self._limits = limits
         self._guard = guard
+        self._over_limit = over_limit
 
     async def _make_server(self) -> ConnectionServer:
-        return ConnectionServer(await super()._make_server(), self._limits, self._guard)
+        return ConnectionServer(await super()._make_server(), self._limits, self._guard, self._over_limit)
 
     @property
     def _connection_server(self) -> ConnectionServer:

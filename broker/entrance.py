@@ -15,7 +15,8 @@ from aiohttp import web
 
 from broker import audit
 from broker.auth import Auth, Caller, Throttled, Unauthorized
-from broker.connections import MORE_HEADERS, ConnectionLimits, read_body
+from broker.bodies import ConnectionLimits, read_body
+from broker.connections import MORE_HEADERS
 from broker.errors import BrokerError, Forbidden, InvalidRequest, Overloaded, Unavailable, error_answer
 from broker.metrics import Metrics
 from broker.pages import unavailable
@@ -104,10 +105,12 @@ class Entrance:
             return refuse(415, InvalidRequest(reason="bodies are not compressed; leave Content-Encoding away"))
         if not is_json(request.headers.get("Content-Type", "")):
             return refuse(415, InvalidRequest(reason="the Content-Type must be application/json"))
-        try:
-            caller = await self._identify(request)
-        except RefusedLogin as error:
-            return error.response
+        caller = self._auth.known(request.headers.get("Authorization"))
+        if caller is None:
+            try:
+                caller = await self._identify(request)
+            except RefusedLogin as error:
+                return error.response
         return await self._rpc.handle(request, caller, self._address(request))
 
     async def _identify(self, request: web.Request) -> Caller | None:
@@ -121,6 +124,7 @@ class Entrance:
             raise RefusedLogin(refuse(401, Forbidden(reason=reason), {"WWW-Authenticate": "Bearer"})) from None
         except Throttled as throttled:
             self._metrics.refused_logins.labels("throttled").inc()
+            self._metrics.over_limit("failed_logins")
             retry_after = math.ceil(throttled.retry_after)
             limit = self._max_failed_logins
             refusal = Overloaded(limit=limit, what="failed logins from this address", retry_after=retry_after)

@@ -15,16 +15,20 @@ import msgspec
 class BrokerError(Exception):
     """Something went wrong.
 
-    `index` is the place of the element that caused it, where there were several; only a batch tells it.
+    `index` is the place of the element that caused it, where there were several; only a batch tells it. `counted_as`
+    is the name of the limit that was reached, for the metrics.
     """
 
     code: ClassVar[int]
     type: ClassVar[str]
     retryable: ClassVar[bool] = False
 
-    def __init__(self, *, outcome: str = "none", index: int | None = None, **data: Any) -> None:
+    def __init__(
+        self, *, outcome: str = "none", index: int | None = None, counted_as: str | None = None, **data: Any
+    ) -> None:
         self.outcome = outcome
         self.index = index
+        self.counted_as = counted_as
         self.extra = data
         sentence = " ".join((self.__class__.__doc__ or "").split("\n\n")[0].split())
         self.message = sentence.format_map(data)
@@ -42,7 +46,7 @@ class BrokerError(Exception):
 
     def copy(self) -> BrokerError:
         """Return the same error for another caller: each adds to its own."""
-        return type(self)(outcome=self.outcome, index=self.index, **self.extra)
+        return type(self)(outcome=self.outcome, index=self.index, counted_as=self.counted_as, **self.extra)
 
     def with_data(self, **data: Any) -> BrokerError:
         """Add members to `data`; return self."""

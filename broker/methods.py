@@ -12,11 +12,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from broker import __version__
-from broker.errors import BrokerError, InvalidParams, QueueNotFound, error_object, forbidden_receipt
+from broker.errors import BrokerError, InvalidParams, MessageTooLarge, QueueNotFound, error_object, forbidden_receipt
 from broker.metrics import Metrics
 from broker.model import (
     Counts,
@@ -31,7 +30,7 @@ from broker.model import (
     timestamp,
 )
 from broker.rpc import Call, Method
-from broker.settings import Settings
+from broker.settings import Settings, limits_in_force
 from broker.signatures import secret_text
 from broker.storage import (
     broadcasting,
@@ -41,6 +40,7 @@ from broker.storage import (
     inspection,
     leases,
     queues,
+    statistics,
     subscriptions,
     topics,
 )
@@ -49,13 +49,17 @@ from broker.storage.database import Database
 from broker.storage.notifications import News
 from broker.storage.publishing import Published
 from broker.storage.storing import Stored
+from broker.storage.tokens import Grant
+from broker.tally import DELETED, ENQUEUED, Tally
+from broker.texts import TOO_LARGE, header_text, json_text, new_message, too_large
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
-MAX_HEADER_BYTES = 4096
 # More consumers than can wait.
 EVERYBODY = 2**31
 # Methods whose name is no Python name.
 RENAMED = {"discover": "rpc.discover"}
+# What those may do of whom no token is asked.
+EVERYTHING = Grant(send=("*",), receive=("*",), manage=("*",), admin=True)
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Methods:
     calls: Calls
     waiting: WaitingRoom
     metrics: Metrics
+    tally: Tally
     settings: Settings
     document: Mapping[str, Any]
     # Whether a url may be pushed to: raises InvalidParams where not.
@@ -93,12 +98,15 @@ class Methods:
         ttl: float | None,
         idempotency_key: str | None,
     ) -> dict[str, Any]:
-        stored = await self._store(
-            queue, [new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)]
-        )
+        message = new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)
+        try:
+            stored = await self._store(queue, [message])
+        except MessageTooLarge as error:
+            raise too_large(error, body) from None
         return _enqueued(stored.ids[0], is_duplicate=bool(stored.duplicates))
 
     async def enqueue_batch(self, call: Call, queue: str, messages: Sequence[Any]) -> dict[str, Any]:
+        self.metrics.batch("enqueue_batch", len(messages))
         new = []
         for index, each in enumerate(messages):
             try:
@@ -109,8 +117,13 @@ class Methods:
                 )
             except InvalidParams as error:
                 raise error.with_data(index=index) from None
+        over = next((index for index, each in enumerate(new) if each.body is TOO_LARGE), None)
         try:
-            stored = await self._store(queue, new)
+            stored = await self._store(queue, new if over is None else [new[over]])
+        except MessageTooLarge as error:
+            place = error.index if over is None else over
+            assert place is not None, "the error of a batch names the message"
+            raise too_large(error, messages[place].body).with_data(index=place) from None
         except BrokerError as error:
             raise error.with_data(index=error.index) if error.index is not None else error from None
         return {
@@ -150,6 +163,7 @@ class Methods:
         if taken.leases:
             call.undo.append(lambda: self.waiting.give_back_soon(queue, taken))
         self.metrics.delivered.inc(len(taken.messages))
+        self.metrics.batch("dequeue", len(taken.messages))
         return {"messages": taken.messages}
 
     async def delete(self, call: Call, receipt: str) -> dict[str, Any]:
@@ -160,6 +174,7 @@ class Methods:
         return {"deleted": deleted}
 
     async def delete_batch(self, call: Call, receipts: Sequence[str]) -> dict[str, Any]:
+        self.metrics.batch("delete_batch", len(receipts))
         results = await self._for_receipts(call, receipts, self.calls.delete)
         self.metrics.deleted.inc(sum(result is True for result in results))
         return {
@@ -178,6 +193,7 @@ class Methods:
     async def extend_visibility_batch(
         self, call: Call, receipts: Sequence[str], visibility_timeout: float
     ) -> dict[str, Any]:
+        self.metrics.batch("extend_visibility_batch", len(receipts))
         results = await self._for_receipts(call, receipts, lambda held: self._extend(held, visibility_timeout))
         return {
             "results": [
@@ -230,9 +246,13 @@ class Methods:
             raise QueueNotFound(queue=queue)
         return found
 
-    async def list_queues(self, call: Call, prefix: str, counts: bool, limit: int, after: str | None) -> dict[str, Any]:
+    async def list_queues(
+        self, call: Call, prefix: str, counts: bool, dead_letter_queues: bool, limit: int, after: str | None
+    ) -> dict[str, Any]:
         page, next_name = await self.database.read(
-            lambda connection: queues.list_by_name(connection, prefix, limit, after, like=may_manage(call))
+            lambda connection: queues.list_by_name(
+                connection, prefix, limit, after, like=may_manage(call), are_targets=dead_letter_queues
+            )
         )
         return {"queues": await self._add_counts(page) if counts else page, "next": next_name}
 
@@ -252,6 +272,7 @@ class Methods:
 
     async def delete_queue(self, call: Call, queue: str) -> dict[str, Any]:
         deleted, complete = await queues.delete(self.database, queue)
+        self.tally.forget(queue)
         self.waiting.tell(News(queue, 0.0, EVERYBODY))
         return {"deleted_messages": deleted, "complete": complete}
 
@@ -264,6 +285,10 @@ class Methods:
                 raise QueueNotFound(queue=queue)
             counted = found[queue]
         return counted.counts if status is None else counted.of_status(status)
+
+    async def get_stats(self, call: Call, queue: str | None, minutes: int) -> dict[str, Any]:
+        counted = await self.database.read(lambda connection: statistics.read(connection, queue, minutes))
+        return {"queue": queue, "minutes": counted}
 
     async def list_messages(
         self, call: Call, queue: str, status: str | None, limit: int, after: str | None
@@ -289,22 +314,24 @@ class Methods:
         if body is UNSET and headers is UNSET:
             raise InvalidParams(reason="Nothing to change: name `body`, `headers` or both.", param="body")
         lease = None if receipt is None else lease_of(receipt)
-        return await self.database.write(
-            lambda connection: inspection.update(
-                connection,
-                queue,
-                message_id,
-                lease,
-                None if isinstance(body, UnsetType) else json_text(body),
-                None if isinstance(headers, UnsetType) else header_text(headers),
-                changes_headers=headers is not UNSET,
+        new_body = None if isinstance(body, UnsetType) else json_text(body)
+        new_headers = None if isinstance(headers, UnsetType) else header_text(headers)
+        changes_headers = headers is not UNSET
+        try:
+            return await self.database.write(
+                lambda connection: inspection.update(
+                    connection, queue, message_id, lease, new_body, new_headers, changes_headers=changes_headers
+                )
             )
-        )
+        except MessageTooLarge as error:
+            assert not isinstance(body, UnsetType), "headers alone are of no size here"
+            raise too_large(error, body) from None
 
     async def delete_message(self, call: Call, queue: str, message_id: str, receipt: str | None) -> dict[str, Any]:
         lease = None if receipt is None else lease_of(receipt)
         deleted = await self.database.write(lambda connection: inspection.delete(connection, queue, message_id, lease))
         self.metrics.deleted.inc(deleted)
+        self.tally.add(queue, DELETED, deleted)
         return {"deleted": deleted}
 
     async def redrive(self, call: Call, queue: str, to: str | None, max_messages: int | None) -> dict[str, Any]:
@@ -389,7 +416,10 @@ class Methods:
         idempotency_key: str | None,
     ) -> dict[str, Any]:
         message = new_message(body, headers, sender_of(call, sender), delay, ttl, idempotency_key)
-        published = await self.calls.publish(topic, message)
+        try:
+            published = await self.calls.publish(topic, message)
+        except MessageTooLarge as error:
+            raise too_large(error, body) from None
         self.published(published)
         return _enqueued(published.id, is_duplicate=published.is_duplicate) | {"deliveries": published.deliveries}
 
@@ -409,8 +439,22 @@ class Methods:
 
     async def broadcast(self, call: Call, topic: str) -> dict[str, Any]:
         given_out = await broadcasting.broadcast(self.database, topic)
+        for news in given_out.news:
+            self.tally.add(news.queue, ENQUEUED, news.messages)
         self._copied(given_out.news)
         return {"messages": given_out.messages, "deliveries": given_out.deliveries, "complete": given_out.complete}
+
+    async def get_caller(self, call: Call) -> dict[str, Any]:
+        caller = call.caller
+        grant = EVERYTHING if caller is None else caller.grant
+        return {
+            "name": None if caller is None else caller.name,
+            "auth_required": caller is not None,
+            "send": grant.send,
+            "receive": grant.receive,
+            "manage": grant.manage,
+            "admin": grant.admin,
+        }
 
     async def get_server(self, call: Call) -> dict[str, Any]:
         facts = await self.database.read(durability.server_facts)
@@ -420,14 +464,7 @@ class Methods:
             "postgresql_version": facts.version,
             "durability": facts.durability,
             "processes": self.settings.processes,
-            "limits": {
-                "max_request_bytes": self.settings.max_request_bytes,
-                "max_connections": self.settings.max_connections,
-                "max_calls": self.settings.max_calls,
-                "max_waiting_consumers": self.settings.max_waiting_consumers,
-                "database_connections": self.settings.database_connections,
-                "request_timeout": self.settings.request_timeout,
-            },
+            "limits": limits_in_force(self.settings),
         }
 
     async def discover(self, call: Call) -> Mapping[str, Any]:
@@ -442,39 +479,6 @@ def sender_of(call: Call, sender: str | None) -> str | None:
 def may_manage(call: Call) -> list[str] | None:
     """Return the patterns of names that a caller may manage, None where he may manage all."""
     return None if call.caller is None else call.caller.like("manage")
-
-
-def new_message(
-    body: Raw,
-    headers: dict[str, str],
-    sender: str | None,
-    delay: float | None,
-    ttl: float | None,
-    idempotency_key: str | None = None,
-    where: str = "headers",
-) -> NewMessage:
-    """Return what is stored for a message as a client sent it. Raises InvalidParams."""
-    return NewMessage(json_text(body), header_text(headers, where), sender, delay, ttl, idempotency_key)
-
-
-def json_text(body: Raw) -> str:
-    """Return a body's text, as it was sent."""
-    return bytes(body).decode()
-
-
-def header_text(headers: dict[str, str], where: str = "headers") -> str | None:
-    """Return headers as JSON, None where there are none. Raises InvalidParams, naming `where`, over 4 KiB."""
-    if not headers:
-        return None
-    size = sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
-    if size > MAX_HEADER_BYTES:
-        raise InvalidParams(
-            reason=f"`{where}` may have {MAX_HEADER_BYTES} bytes in all, and {size} were given.",
-            param=where,
-            limit=MAX_HEADER_BYTES,
-            given=size,
-        )
-    return msgspec.json.encode(headers).decode()
 
 
 def _cursor_number(after: str | None) -> int:

@@ -1,13 +1,14 @@
 """The broker's metrics in the text format of Prometheus.
 
-Counters and gauges are of this broker, summed over its processes where it has several; gauges of queues are read
-from the database when somebody asks.
+Counters and gauges are of this broker, summed over its processes where it has several; what is the database's is read
+when somebody asks: see `gauges`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from prometheus_client import (
@@ -15,20 +16,22 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
-    Metric,
     disable_created_metrics,
     generate_latest,
     values,
 )
-from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from broker.model import Counts
+from broker.gauges import DatabaseGauges
+from broker.histograms import LateHistogram
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-# Queues shown one by one; the first by name.
-MAX_QUEUES_SHOWN = 100
+# What can be over: most are named as the setting, without max_ or timeout.
+LIMITS = (
+    "request_bytes", "nesting", "batch", "header_time", "body_time", "connections", "waiting_consumers", "calls",
+    "calls_in_flight", "calls_per_token", "call_rate_per_token", "failed_logins", "subscriptions", "secrets",
+)  # fmt: skip
 
 
 # The times at which counters were made: no process knows them of all, and nobody asks.
@@ -63,14 +66,33 @@ class Metrics:
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 30, 90),
             registry=self.registry,
         )
-        self.statements = Counter(
-            "wonderq_statements", "Statements that carried calls, one commit each.", ["call"], registry=self.registry
+        self.call_messages = LateHistogram(
+            "wonderq_call_messages",
+            "Messages that a call brought, took or named, for the methods that may have many.",
+            (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+            self.registry,
+            "method",
         )
-        self.gathered_calls = Counter(
-            "wonderq_gathered_calls",
-            "Calls that these statements carried: divided by them, how many share a commit.",
-            ["call"],
-            registry=self.registry,
+        self.statement_seconds = LateHistogram(
+            "wonderq_statement_seconds",
+            "Time that the statements took which carry calls, one commit each, by kind of call.",
+            (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 10),
+            self.registry,
+            "call",
+        )
+        self.statement_calls = LateHistogram(
+            "wonderq_statement_calls",
+            "Calls that these statements carried: how many shared a commit.",
+            (1, 2, 4, 8, 16, 32, 64, 128, 256, 1000),
+            self.registry,
+            "call",
+        )
+        self.lease_age = LateHistogram(
+            "wonderq_lease_age_seconds",
+            "Time from delivery to delete, of messages that were deleted at their first delivery; a sample: one in 16"
+            " statements is asked for it.",
+            (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 15, 30, 60, 300, 1800, 7200, 43200),
+            self.registry,
         )
         self.enqueued = self._counter("wonderq_messages_enqueued", "Messages stored.")
         self.published = self._counter(
@@ -98,13 +120,52 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
-        self.sweeps = Counter("wonderq_sweeps", "Sweeps by outcome.", ["outcome"], registry=self.registry)
+        self.refused = Counter(
+            "wonderq_refused",
+            "What was refused, or closed, because it was over a limit of the broker, by limit.",
+            ["limit"],
+            registry=self.registry,
+        )
+        for limit in LIMITS:
+            self.refused.labels(limit)
+        self.sweeps = Counter(
+            "wonderq_sweeps", "Sweeps by outcome: done or failed.", ["outcome"], registry=self.registry
+        )
+        for outcome in ("done", "failed"):
+            self.sweeps.labels(outcome)
         self.breaker = self._gauge(
             "wonderq_breaker_open", "Processes that send no writes, because PostgreSQL could not confirm them."
         )
         self.breaker_openings = self._counter("wonderq_breaker_openings", "How often a process stopped sending writes.")
         self.waiting = self._gauge("wonderq_waiting_consumers", "Consumers that wait for a message.")
         self.connections = self._gauge("wonderq_client_connections", "Open client connections.")
+        self.in_flight = self._gauge("wonderq_calls_in_flight", "Calls that are not answered yet.")
+        self.calls_waiting = self._gauge(
+            "wonderq_calls_waiting", "Calls that wait for a statement to carry them, or for a connection."
+        )
+        self.pool = self._gauge("wonderq_database_connections", "Connections to the database for calls.")
+        self.pool_busy = self._gauge(
+            "wonderq_database_connections_busy", "Those connections for calls that are in use."
+        )
+        self.limit = Gauge(
+            "wonderq_limit",
+            "Limits in force, of all processes together, by setting.",
+            ["limit"],
+            registry=self.registry,
+            multiprocess_mode="sum",
+        )
+        self.processes = self._gauge("wonderq_processes", "Processes that serve.")
+        self.processes.set(1)
+        self.cpu_seconds = self._counter("wonderq_process_cpu_seconds", "CPU time that the processes have used.")
+        self._cpu_seconds_told = 0.0
+        self.memory = self._gauge("wonderq_process_resident_memory_bytes", "Memory that the processes have.")
+        self.started_at = Gauge(
+            "wonderq_start_time_seconds",
+            "When the first of the processes was started, in seconds since 1970.",
+            registry=self.registry,
+            multiprocess_mode="min",
+        )
+        self.started_at.set_to_current_time()
         self.pushes = Counter(
             "wonderq_pushes",
             "POSTs to subscribed urls by outcome: delivered (2xx), refused (another status), gone (410), timeout,"
@@ -121,12 +182,13 @@ class Metrics:
         self.pushing = self._gauge("wonderq_pushes_under_way", "Messages on their way to subscribed urls.")
         # What to call for these labels: looking them up costs more than counting.
         self._counted_calls: dict[tuple[str, str], tuple[Callable[[], None], Callable[[float], None]]] = {}
-        self._counted_statements: dict[str, tuple[Callable[[], None], Callable[[float], None]]] = {}
-        self._of_database = DatabaseGauges()
+        self._late = (self.call_messages, self.statement_seconds, self.statement_calls, self.lease_age)
+        # Whoever answers a request for the metrics reads them anew.
+        self.of_database = DatabaseGauges()
         self._shown = CollectorRegistry()
         own = self.registry
         self._shown.register(own if folder is None else MultiProcessCollector(None, folder))  # type: ignore[no-untyped-call]
-        self._shown.register(self._of_database)
+        self._shown.register(self.of_database)
 
     def _counter(self, name: str, about: str) -> Counter:
         return Counter(name, about, registry=self.registry)
@@ -144,72 +206,48 @@ class Metrics:
         count()
         observe(seconds)
 
-    def statement_ended(self, call: str, calls: int) -> None:
-        """Count one statement, and the calls that it carried."""
-        try:
-            count, add_calls = self._counted_statements[call]
-        except KeyError:
-            count, add_calls = self.statements.labels(call).inc, self.gathered_calls.labels(call).inc
-            self._counted_statements[call] = count, add_calls
-        count()
-        add_calls(calls)
+    def over_limit(self, limit: str) -> None:
+        """Count something that was refused because it was over a limit, one of LIMITS."""
+        self.refused.labels(limit).inc()
+
+    def statement_ended(self, call: str, calls: int, seconds: float) -> None:
+        """Count one statement, the calls that it carried, and how long it took."""
+        self.statement_calls.observe(calls, call)
+        self.statement_seconds.observe(seconds, call)
 
     def push_ended(self, outcome: str, seconds: float) -> None:
         """Count one POST to a url."""
         self.pushes.labels(outcome).inc()
         self.push_seconds.observe(seconds)
 
-    def show_subscriptions(self, counted: Mapping[str, int]) -> None:
-        """Replace the gauges of subscriptions by state."""
-        self._of_database.subscriptions = counted
+    def batch(self, method: str, messages: int) -> None:
+        """Take in how many messages a call was about."""
+        self.call_messages.observe(messages, method)
 
-    def show_queues(self, counted: dict[str, tuple[Counts, float | None]]) -> None:
-        """Replace the gauges of the queues."""
-        self._of_database.counted = counted
+    def show_limits(self, limits: Mapping[str, float]) -> None:
+        """Say which limits are in force, each for this process."""
+        for name, limit in limits.items():
+            self.limit.labels(name).set(limit)
 
-    def show_durability(self, level: str | None) -> None:
-        """Replace the gauge of how safe messages are; None where that is not known."""
-        self._of_database.durability = level
+    def settle(self) -> None:
+        """Bring up to date what is not at each event."""
+        for histogram in self._late:
+            histogram.settle()
+        seconds = time.process_time()
+        self.cpu_seconds.inc(max(0.0, seconds - self._cpu_seconds_told))
+        self._cpu_seconds_told = seconds
+        self.memory.set(resident_memory())
 
     def text(self) -> bytes:
         """Return everything as Prometheus reads it."""
+        self.settle()
         return generate_latest(self._shown)
 
 
-class DatabaseGauges:
-    """The gauges of queues, subscriptions and durability: the database's, and so never summed over processes."""
-
-    def __init__(self) -> None:
-        self.counted: dict[str, tuple[Counts, float | None]] = {}
-        self.durability: str | None = None
-        self.subscriptions: Mapping[str, int] = {}
-
-    def collect(self) -> Iterable[Metric]:
-        """Return them as they were found last."""
-        messages = GaugeMetricFamily(
-            "wonderq_queue_messages",
-            "Messages by queue and status; more than 50 may be an estimate.",
-            labels=["queue", "status"],
-        )
-        oldest = GaugeMetricFamily(
-            "wonderq_queue_oldest_message_age_seconds",
-            "For how long the message that waits longest has been ready.",
-            labels=["queue"],
-        )
-        for queue, (counts, age) in self.counted.items():
-            for status in ("ready", "delayed", "leased"):
-                messages.add_metric([queue, status], getattr(counts, status))
-            oldest.add_metric([queue], age or 0)
-        durability = GaugeMetricFamily(
-            "wonderq_durability", "1 for the level at which acknowledged messages are safe.", labels=["level"]
-        )
-        if self.durability is not None:
-            durability.add_metric([self.durability], 1)
-        subscriptions = GaugeMetricFamily(
-            "wonderq_subscriptions",
-            "Subscriptions by state: active, failing (their url is only probed), ended.",
-            labels=["state"],
-        )
-        for state, number in sorted(self.subscriptions.items()):
-            subscriptions.add_metric([state], number)
-        return messages, oldest, durability, subscriptions
+def resident_memory() -> int:
+    """Return how many bytes of memory this process has; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGESIZE")

@@ -1,8 +1,7 @@
-"""What is served by GET: whether the broker lives and is ready, metrics, the schema, and a page of queues."""
+"""What is served by GET beside the dashboard: whether the broker lives and is ready, metrics, and the schema."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -11,25 +10,14 @@ from aiohttp import web
 
 from broker import __version__
 from broker.errors import BrokerError, Unavailable, error_answer
-from broker.metrics import CONTENT_TYPE, MAX_QUEUES_SHOWN, Metrics
+from broker.gauges import MAX_QUEUES_SHOWN, DatabaseGauges, with_others
+from broker.metrics import CONTENT_TYPE, Metrics
 from broker.storage import counting, durability, migrate, queues, subscriptions
 from broker.storage.counting import Counted
 from broker.storage.database import Database
 
-SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
-
-# Entries of the index that are read for the metrics or the page of queues: about 10 ms.
+# Entries of the index that are read for the metrics: about 10 ms.
 ENTRIES_IN_AN_OVERVIEW = 20_000
-
-ASKS_FOR_TOKEN = (
-    "<p>This broker asks for tokens: <code>wonderq call list_queues --counts true</code> shows the queues to those who"
-    " have one, in <code>BROKER_TOKEN</code>.</p>"
-)
 
 Gauges = Callable[[], None]
 
@@ -45,19 +33,16 @@ class Pages:
         *,
         is_draining: Callable[[], bool],
         read_gauges: Gauges,
-        shows_queues: Callable[[], bool],
     ) -> None:
         self._database = database
         self._metrics = metrics
         self._schema = msgspec.json.encode(document)
         self._is_draining = is_draining
         self._read_gauges = read_gauges
-        self._shows_queues = shows_queues
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes, for aiohttp."""
         pages: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {
-            "/": self.index,
             "/livez": self.livez,
             "/readyz": self.readyz,
             "/healthz": self.readyz,
@@ -102,21 +87,35 @@ class Pages:
     async def show_metrics(self, _request: web.Request) -> web.Response:
         """Serve the metrics; where the database does not answer, those that need none."""
         self._read_gauges()
+        gauges = self._metrics.of_database
         try:
-            page, _ = await self._database.read(
-                lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)
-            )
-            names = [each.queue for each in page]
-            counted = await self._count(names)
-            facts = await self._database.read(durability.server_facts)
-            self._metrics.show_queues({name: (each.counts, each.oldest_ready_age) for name, each in counted.items()})
-            self._metrics.show_durability(facts.level)
-            self._metrics.show_subscriptions(await self._database.read(subscriptions.count_states))
+            vars(gauges).update(vars(await self._gauges()))
         except BrokerError:
-            self._metrics.show_queues({})
-            self._metrics.show_subscriptions({})
-            self._metrics.show_durability(None)
+            vars(gauges).update(vars(DatabaseGauges()))
         return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _gauges(self) -> DatabaseGauges:
+        """Read what the database says of itself and its queues."""
+        page, more = await self._database.read(
+            lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)
+        )
+        counted = await self._count([each.queue for each in page])
+        shown = {name: (each.counts, each.oldest_ready_age) for name, each in counted.items()}
+        in_all = len(page)
+        if more is not None:
+            everything = await self._database.read(counting.count_all)
+            oldest = await self._database.read(lambda connection: counting.oldest_ready_age_after(connection, more))
+            shown = with_others(shown, everything.counts, oldest)
+            in_all = await self._database.read(queues.count)
+        facts = await self._database.read(durability.server_facts)
+        return DatabaseGauges(
+            is_up=True,
+            queues=shown,
+            queues_in_all=in_all,
+            durability=facts.level,
+            postgresql=facts.version,
+            subscriptions=await self._database.read(subscriptions.count_states),
+        )
 
     async def _count(self, names: list[str]) -> dict[str, Counted]:
         return await self._database.read(
@@ -127,69 +126,9 @@ class Pages:
         """Serve the schema."""
         return web.Response(body=self._schema, content_type="application/json")
 
-    async def index(self, _request: web.Request) -> web.Response:
-        """Serve a page with the counts of the queues; it loads itself anew every five seconds.
-
-        Where a token is needed it shows none: whoever looks at it has not said who he is.
-        """
-        if not self._shows_queues():
-            text = _PAGE.format(version=html.escape(__version__), rows="", note=ASKS_FOR_TOKEN)
-            return web.Response(text=text, content_type="text/html", headers=SECURITY_HEADERS)
-        try:
-            page, more = await self._database.read(
-                lambda connection: queues.list_by_name(connection, "", MAX_QUEUES_SHOWN, None)
-            )
-            names = [each.queue for each in page]
-            counted = await self._count(names)
-        except BrokerError as error:
-            return unavailable(error)
-        rows = [_row(name, counted[name]) for name in names if name in counted]
-        note = f"<p>The first {MAX_QUEUES_SHOWN} queues by name; <code>list_queues</code> has them all.</p>"
-        text = _PAGE.format(version=html.escape(__version__), rows="\n".join(rows), note=note if more else "")
-        return web.Response(text=text, content_type="text/html", headers=SECURITY_HEADERS)
-
 
 def unavailable(error: BrokerError) -> web.Response:
     """Answer 503 with the error, and when to ask again."""
     return web.Response(
         status=503, body=error_answer(error), content_type="application/json", headers={"Retry-After": "1"}
     )
-
-
-def _row(name: str, counted: Counted) -> str:
-    figures = [counted.of_status(status) for status in counting.STATUSES]
-    figures.append({"total": counted.counts.total, "exact": counted.counts.exact})
-    age = "" if counted.oldest_ready_age is None else f"{counted.oldest_ready_age:,.0f} s"
-    cells = "".join(f"<td>{'' if each['exact'] else 'about '}{each['total']:,}</td>" for each in figures)
-    return f'<tr><th scope="row">{html.escape(name)}</th>{cells}<td>{age}</td></tr>'
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="refresh" content="5">
-<title>WonderQ</title>
-<style>
-:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .4rem .6rem; text-align: right; border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }}
-th:first-child {{ text-align: left; overflow-wrap: anywhere; }}
-</style>
-</head>
-<body>
-<h1>WonderQ</h1>
-<table>
-<caption>Messages by queue</caption>
-<thead><tr><th scope="col">Queue</th><th scope="col">Ready</th><th scope="col">Delayed</th><th scope="col">Leased</th><th scope="col">Total</th><th scope="col">Oldest ready</th></tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-{note}
-<p><small>Version {version}. <a href="/openrpc.json">Schema</a> · <a href="/metrics">Metrics</a> · <a href="/readyz">Readiness</a></small></p>
-</body>
-</html>
-"""  # noqa: E501

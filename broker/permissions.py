@@ -11,7 +11,7 @@ what he may manage: see `methods`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import msgspec
@@ -35,11 +35,34 @@ class Permissions:
         self._database = database
         self._queue_names: dict[int, str] = {}
 
-    async def permit(self, call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> None:
-        """Return where the caller may carry out this call. Raises Forbidden, and SubscriptionNotFound."""
+    def permit(self, call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> Awaitable[None] | None:
+        """Return None where the caller may carry out this call, or what is to be awaited first.
+
+        Raises Forbidden; what is awaited SubscriptionNotFound, too.
+        """
         caller, verb = call.caller, schema.permission
         if caller is None or verb == "free":
-            return
+            return None
+        if len(schema.permission_on) == 1:  # As nearly all calls have it: nothing to be looked up.
+            (param,) = schema.permission_on
+            value = params[param]
+            if param in ("queue", "topic") and type(value) is str and caller.may(verb, value):
+                return None
+            if param == "receipt" and self._is_of_known_queue(caller, verb, value):
+                return None
+        return self._look(caller, verb, call, schema, params)
+
+    def _is_of_known_queue(self, caller: Caller, verb: str, receipt: str) -> bool:
+        """Whether a receipt is of a queue whose name is known, and that the caller may use."""
+        try:
+            name = self._queue_names.get(lease_of(receipt).queue_id)
+        except BrokerError:
+            return False
+        return name is not None and caller.may(verb, name)
+
+    async def _look(
+        self, caller: Caller, verb: str, call: Call, schema: MethodSchema, params: Mapping[str, Any]
+    ) -> None:
         named = {name: params[name] for name in schema.permission_on if params[name] not in (None, msgspec.UNSET)}
         if "admin" in (verb, None if named else schema.permission_null):
             if not caller.is_admin:

@@ -29,6 +29,7 @@ from broker.starting import (
     MAX_CRASHES,
     StartError,
     Stopped,
+    announce,
     cannot_listen,
     migrated_database,
     stop_on_signals,
@@ -66,7 +67,7 @@ async def supervise(settings: Settings) -> None:
                 workers = [Worker(job, scoreboard) for job in jobs]
                 try:
                     await unless_stopped(stop, all_of(worker.start() for worker in workers))
-                    print(f"listening on {url_of(listeners[0].getsockname(), settings)}", flush=True)  # noqa: T201
+                    announce(url_of(listeners[0].getsockname(), settings))
                     await unless_stopped(stop, all_of(worker.keep_running() for worker in workers))
                 finally:
                     log.info("stopping")

@@ -16,9 +16,8 @@ import inspect
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -31,8 +30,10 @@ from jsonrpcserver.sentinels import NOID
 from msgspec import Raw
 from oslash.either import Left
 
+from broker.answers import json_answer
 from broker.auth import Caller
-from broker.connections import ConnectionLimits, client_has_hung_up, json_answer, read_body, send
+from broker.bodies import ConnectionLimits, read_body
+from broker.connections import client_has_hung_up, send
 from broker.errors import (
     BrokerError,
     Forbidden,
@@ -40,23 +41,26 @@ from broker.errors import (
     InvalidParams,
     InvalidRequest,
     MethodNotFound,
+    Overloaded,
     ParseError,
     error_answer,
 )
+from broker.nesting import has_more_elements, is_deeper
 from broker.schema import NO_PARAMS, MethodSchema, SchemaError
 
 log = logging.getLogger("broker.rpc")
 
 MAX_BATCH = 1_000
 MAX_NESTING = 128
+MAX_CALLS_IN_FLIGHT = 20_000
+
+# Of a call as long as this only those values are looked at for their nesting that are short enough to be a body: all
+# else is refused for its length, or has a type that is not deep.
+LONG_CALL_BYTES = 2**20 + 2**16
 
 _NULL = Raw(b"null")
 _NOTHING = Raw(b"")
-_NESTING_CHUNK = 65_536
-_NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
-_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
-# A batch of more scalars, empty arrays or objects than it may hold is refused before it is taken apart.
-_TOO_MANY_SMALL = re.compile(rb'\s*+\[(?:\s*+(?:[^\s\[\]{}",]++|\{\s*+\}|\[\s*+\]|"[^"\\]*+")\s*+,){%d}' % MAX_BATCH)
+_BATCH = re.compile(rb"[ \t\r\n]*+\[")
 
 
 @dataclass
@@ -73,20 +77,22 @@ class Call:
 
 
 Method = Callable[..., Awaitable[Any]]
-# Raises Forbidden where the caller may not do this.
-Permit = Callable[[Call, MethodSchema, Mapping[str, Any]], Awaitable[None]]
+# Raises Forbidden where the caller may not do this; returns what has to be awaited before that is known, or None.
+Permit = Callable[[Call, MethodSchema, Mapping[str, Any]], Awaitable[None] | None]
 # Told of what somebody who administers has called, or somebody may not do, and what came of it: ok, or an error's type.
 Audit = Callable[[Call, MethodSchema, Mapping[str, Any], str], None]
 
 
-async def nobody_is_asked(call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> None:
+def nobody_is_asked(call: Call, schema: MethodSchema, params: Mapping[str, Any]) -> None:
     """Permit everything."""
 
 
 class Watcher(Protocol):
-    """Hears of every call that was carried out."""
+    """Hears of every call that was carried out, and of every one that was over a limit."""
 
     def call_ended(self, method: str, outcome: str, seconds: float) -> None: ...
+
+    def over_limit(self, limit: str) -> None: ...
 
 
 class _Envelope(msgspec.Struct):
@@ -136,14 +142,25 @@ class Rpc:
         watcher: Watcher | None = None,
         permit: Permit = nobody_is_asked,
         audit: Audit = lambda call, schema, params, outcome: None,
+        *,
+        max_nesting: int = MAX_NESTING,
+        max_calls_in_flight: int = MAX_CALLS_IN_FLIGHT,
     ) -> None:
         check_methods(schemas, methods)
         self._schemas = schemas
         self._permit = permit
         self._audit = audit
         self._limits = limits
+        self._max_nesting = max_nesting
+        self._max_in_flight = max_calls_in_flight
+        self._in_flight = 0
         self._watcher = watcher
         self._methods = {name: _for_jsonrpcserver(method) for name, method in methods.items()}
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls are not answered yet."""
+        return self._in_flight
 
     async def handle(self, request: web.Request, caller: Caller | None = None, address: str = "") -> web.StreamResponse:
         """Answer one HTTP request whose headers have been found good."""
@@ -175,8 +192,9 @@ class Rpc:
         What has to be undone if the answer does not arrive is added to `undo`.
         """
         try:
-            elements = _elements(text)
+            elements = _elements(text, self._max_nesting)
         except BrokerError as error:
+            self._count_refusal(error)
             return error_answer(error)
         if elements is None:
             return await self._answer_one(Raw(text), Call(undo=undo, caller=caller, address=address))
@@ -191,7 +209,7 @@ class Rpc:
         call_id = _NULL
         name = "invalid"
         try:
-            envelope = _envelope(element)
+            envelope = _envelope(element, self._max_nesting)
             call.is_notification = not bytes(envelope.id)
             call_id = _id(envelope)
             method = _method(envelope)
@@ -200,8 +218,11 @@ class Rpc:
                 raise MethodNotFound(method=method[:128])
             name = method
             kwargs = schema.read(_params(envelope))
+            # Two levels are those of the call and of its params.
+            if len(bytes(element)) > LONG_CALL_BYTES and _are_deeper(kwargs.values(), self._max_nesting - 2):
+                raise _too_deep(self._max_nesting)
             result = await self._carry_out(call, schema, kwargs)
-        except InvalidRequest as error:
+        except (InvalidRequest, ParseError) as error:
             call.is_notification = False
             return self._refused(name, error, call_id, call, began_at)
         except BrokerError as error:
@@ -216,11 +237,18 @@ class Rpc:
         """Return the result of a method, if the caller may call it now, and let it be told of those who administer."""
         outcome = "failed"
         caller = call.caller
+        if self._in_flight >= self._max_in_flight:
+            raise Overloaded(
+                limit=self._max_in_flight, what="calls in flight", retry_after=1, counted_as="calls_in_flight"
+            )
         if caller is not None:
             caller.begin()
+        self._in_flight += 1
         try:
             if caller is not None:
-                await self._permit(call, schema, kwargs)
+                asking = self._permit(call, schema, kwargs)
+                if asking is not None:
+                    await asking
             result = await self._dispatch(schema.name, kwargs, call)
             outcome = "ok"
             return result
@@ -228,15 +256,21 @@ class Rpc:
             outcome = error.type
             raise
         finally:
+            self._in_flight -= 1
             if caller is not None:
                 caller.end()
             if schema.is_administrative or outcome == Forbidden.type:
                 self._audit(call, schema, kwargs, outcome)
 
     def _refused(self, name: str, error: BrokerError, call_id: Raw, call: Call, began_at: float) -> bytes | None:
+        self._count_refusal(error)
         if self._watcher is not None:
             self._watcher.call_ended(name, error.type, time.perf_counter() - began_at)
         return None if call.is_notification else error_answer(error, call_id)
+
+    def _count_refusal(self, error: BrokerError) -> None:
+        if error.counted_as is not None and self._watcher is not None:
+            self._watcher.over_limit(error.counted_as)
 
     async def _dispatch(self, method: str, kwargs: dict[str, Any], call: Call) -> bytes:
         """Call a method through jsonrpcserver; return its result as JSON or raise its error."""
@@ -276,44 +310,44 @@ def _internal_error(outcome: str) -> InternalError:
     return InternalError(outcome=outcome, request_id=uuid4().hex[:12])
 
 
-def _elements(text: bytes) -> list[Raw] | None:
+def _elements(text: bytes, max_nesting: int) -> list[Raw] | None:
     """Return the elements of a batch, None where the text is a single request. Raises ParseError, InvalidRequest."""
     try:
         text.decode()
-        if text.lstrip(b" \t\r\n")[:1] != b"[":
-            _read_any(text)
+        if _BATCH.match(text) is None:
             return None
-        if _TOO_MANY_SMALL.match(text):
+        if has_more_elements(text, MAX_BATCH):
             _read_any(text)
-            raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls")
-        elements = _read_batch(text)
+            raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls", counted_as="batch")
+        elements = _read_batch(text, max_nesting)
     except UnicodeDecodeError as error:
         raise ParseError(reason=f"byte {error.start} is not UTF-8") from None
     except msgspec.DecodeError as error:
         raise ParseError(reason=_without_prefix(str(error))) from None
     except RecursionError:
-        raise _too_deep() from None
+        raise _too_deep(max_nesting) from None
     if not elements:
         raise InvalidRequest(reason="a batch holds at least one call")
     if len(elements) > MAX_BATCH:
-        raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls, and this one has {len(elements)}")
+        reason = f"a batch holds at most {MAX_BATCH} calls, and this one has {len(elements)}"
+        raise InvalidRequest(reason=reason, counted_as="batch")
     return elements
 
 
-def _read_batch(text: bytes) -> list[Raw]:
+def _read_batch(text: bytes, max_nesting: int) -> list[Raw]:
     try:
         return _read_elements(text)
     except RecursionError:
-        return _split(text)
+        return _split(text, max_nesting)
 
 
-def _split(text: bytes) -> list[Raw]:
+def _split(text: bytes, max_nesting: int) -> list[Raw]:
     """Return the elements of a batch that is nested too deep for the parser; those that are not to blame are read.
 
     Raises InvalidRequest where the text is too long to be taken apart here, which takes ten times as long.
     """
     if len(text) > _SPLIT_BYTES:
-        raise _too_deep()
+        raise _too_deep(max_nesting)
     elements = []
     depth = 0
     begins_at = text.index(b"[") + 1
@@ -327,7 +361,7 @@ def _split(text: bytes) -> list[Raw]:
             element = text[begins_at : ends_at - 1]
             begins_at = ends_at
             # What is too deep is not parsed here and will be refused by its nesting.
-            elements.append(Raw(element) if nesting(element) > MAX_NESTING else _read_any(element))
+            elements.append(Raw(element) if is_deeper(element, max_nesting) else _read_any(element))
         if depth == 0:
             break
     if depth or text[begins_at:].strip(b" \t\r\n"):
@@ -341,36 +375,52 @@ def _without_prefix(message: str) -> str:
     return message.removeprefix("JSON is malformed: ")
 
 
-def _too_deep() -> InvalidRequest:
-    return InvalidRequest(reason=f"it is nested deeper than {MAX_NESTING}")
+def _too_deep(max_nesting: int) -> InvalidRequest:
+    return InvalidRequest(reason=f"it is nested deeper than {max_nesting}", counted_as="nesting")
 
 
-def nesting(text: bytes) -> int:
-    """Return how deep valid JSON is nested: 0 for a scalar.
+def _are_deeper(values: Iterable[Any], most: int) -> bool:
+    """Whether the text of a value, or of one inside of it, is nested deeper than this."""
+    for value in values:
+        if isinstance(value, Raw):
+            text = bytes(value)
+            deeper = len(text) < LONG_CALL_BYTES and is_deeper(text, most)
+        elif isinstance(value, list):
+            deeper = _are_deeper(value, most - 1)
+        elif isinstance(value, msgspec.Struct):
+            deeper = _are_deeper([getattr(value, name) for name in value.__struct_fields__], most - 1)
+        else:
+            deeper = False
+        if deeper:
+            return True
+    return False
 
-    Nothing here grows with the number of strings or escapes, because a request may have millions of them.
-    """
-    # Without escaped quotes a string ends at the next one; pairs of quotes do not change what lies inside.
-    marks = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_MARKS).replace(b'""', b"")
-    depth = deepest = in_string = 0
-    for start in range(0, len(marks), _NESTING_CHUNK):
-        parts = marks[start : start + _NESTING_CHUNK].split(b'"')
-        brackets = b"".join(parts[in_string::2])
-        levels = list(accumulate(memoryview(brackets.translate(_STEPS)).cast("b"), initial=depth))
-        depth, deepest = levels[-1], max(deepest, *levels)
-        in_string ^= (len(parts) - 1) & 1
-    return deepest
 
-
-def _envelope(element: Raw) -> _Envelope:
+def _envelope(element: Raw, max_nesting: int) -> _Envelope:
+    """Return the parts of a request. Raises ParseError and InvalidRequest."""
     text = bytes(element)
-    # Few brackets cannot be deep; only where there are many is their nesting counted.
-    if text.count(b"[") + text.count(b"{") > MAX_NESTING and nesting(text) > MAX_NESTING:
-        raise _too_deep()
     try:
-        return _read_envelope(element)
+        envelope = _read_envelope(element)
     except msgspec.ValidationError:
+        _check_json(text)
         raise InvalidRequest(reason="a request is an object") from None
+    except msgspec.DecodeError as error:
+        raise ParseError(reason=_without_prefix(str(error))) from None
+    except RecursionError:
+        raise _too_deep(max_nesting) from None
+    if len(text) <= LONG_CALL_BYTES and is_deeper(text, max_nesting):
+        raise _too_deep(max_nesting)
+    return envelope
+
+
+def _check_json(text: bytes) -> None:
+    """Raise ParseError where a text is no JSON."""
+    try:
+        _read_any(text)
+    except msgspec.DecodeError as error:
+        raise ParseError(reason=_without_prefix(str(error))) from None
+    except RecursionError:
+        pass
 
 
 def _id(envelope: _Envelope) -> Raw:

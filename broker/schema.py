@@ -21,11 +21,14 @@ import msgspec
 from msgspec import UNSET, Meta, Raw
 
 from broker.errors import InvalidParams
+from broker.nesting import has_more_elements
 
 Schema = Mapping[str, Any]
 
 NO_PARAMS = Raw(b"{}")
 GIVEN_SHOWN = 100
+# What is longer may have a million members: it is not taken apart to say what is wrong with it.
+LONG_PARAMS_BYTES = 2**18
 PERMISSIONS = ("send", "receive", "manage", "admin", "free")
 _REF = "#/components/schemas/"
 _MISSING = Raw(b"")
@@ -57,6 +60,8 @@ class MethodSchema:
     is_read_only: bool
     decoder: msgspec.json.Decoder[Any]
     components: Mapping[str, Schema]
+    # The one param that is a list, where all others are plain values.
+    list_param: str | None = None
 
     @property
     def is_administrative(self) -> bool:
@@ -68,6 +73,8 @@ class MethodSchema:
 
         Raises InvalidParams.
         """
+        if self.list_param is not None and len(bytes(params)) > LONG_PARAMS_BYTES:
+            self._check_length(self.list_param, bytes(params))
         try:
             struct = self.decoder.decode(params)
         except msgspec.DecodeError as error:
@@ -78,10 +85,20 @@ class MethodSchema:
                 values[name] = UNSET
         return values
 
+    def _check_length(self, name: str, params: bytes) -> None:
+        """Raise InvalidParams where the list has far too many elements, before each of them is made an object."""
+        schema = _resolve(self.params[name], self.components)
+        most = schema["maxItems"]
+        if has_more_elements(params, most, at_depth=2):
+            limit, given = describe(schema, self.components), f"more than {most} elements"
+            raise _refusal(f"`{name}` must be {limit}, and {given} were given.", name, limit=limit, given=given)
+
     def explain(self, error: str, params: Raw) -> InvalidParams:
         """Say what is wrong with params that were refused, in the words of the contract."""
         whole = {"type": "object", "properties": self.params}
         if error.startswith("Object contains unknown field"):
+            if len(bytes(params)) > LONG_PARAMS_BYTES:
+                return _unknown_in_long(whole, error, self.components)
             return _unknown_param(whole, params, self.components)
         if found := re.match(r"Object missing required field `(.*?)`(?: - at `\$(.*)`)?", error):
             field, inside = found.groups()
@@ -114,6 +131,18 @@ def _unknown_param(whole: Schema, params: Raw, components: Mapping[str, Schema])
     where = f"{path}.{shown}" if path else shown
     known = ", ".join(schema["properties"]) or "none"
     refusal = _refusal(f"There is no param `{where}`; known are: {known}.", path, given=_shown(value))
+    refusal.extra["param"] = where
+    return refusal
+
+
+def _unknown_in_long(whole: Schema, error: str, components: Mapping[str, Schema]) -> InvalidParams:
+    """Name a param that does not exist by msgspec's sentence alone: there may be a million of them."""
+    found = re.match(r"Object contains unknown field `(.*?)`(?: - at `\$(.*)`)?\Z", error, re.DOTALL)
+    name, inside = found.groups() if found else ("", "")
+    path = _join("", (inside or "").removesuffix("[...]"))
+    where = f"{path}.{_cut(name)}" if path else _cut(name)
+    known = ", ".join(_resolve(_at(whole, path, components), components).get("properties", ())) or "none"
+    refusal = _refusal(f"There is no param `{where}`; known are: {known}.", path)
     refusal.extra["param"] = where
     return refusal
 
@@ -157,8 +186,20 @@ def _compile(method: Schema, components: Mapping[str, Schema]) -> MethodSchema:
         permission_null=method.get("x-permission-null", None if "x-permission-on" in method else "admin"),
         is_read_only=method.get("x-read-only", False),
         decoder=msgspec.json.Decoder(struct),
+        list_param=_list_param(params, components),
         components=components,
     )
+
+
+def _list_param(params: Mapping[str, Schema], components: Mapping[str, Schema]) -> str | None:
+    """Return the name of the param that is a list, where nothing else beside it can be one."""
+    try:
+        kinds = {name: _resolve(schema, components).get("type") for name, schema in params.items()}
+    except SchemaError:
+        return None  # `_type` says what is wrong
+    flat = ("string", "integer", "number", "boolean")
+    lists = [name for name, kind in kinds.items() if kind not in flat]
+    return lists[0] if len(lists) == 1 and kinds[lists[0]] == "array" else None
 
 
 def _permission(method: Schema) -> str:

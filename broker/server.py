@@ -25,10 +25,12 @@ from aiohttp import web
 from broker import audit
 from broker.addresses import Guard
 from broker.auth import Auth, CallLimits
-from broker.connections import ConnectionLimits, ConnectionRunner
+from broker.bodies import ConnectionLimits
+from broker.connections import ConnectionRunner
 from broker.draining import drain, nobody_else
 from broker.entrance import Entrance
 from broker.errors import BrokerError
+from broker.files import load_files
 from broker.installation import EmbeddedError
 from broker.methods import Methods
 from broker.metrics import Metrics
@@ -42,6 +44,7 @@ from broker.sharing import BACKLOG, Share, SharedSite
 from broker.starting import (
     StartError,
     Stopped,
+    announce,
     cannot_listen,
     migrated_database,
     stop_on_signals,
@@ -49,11 +52,13 @@ from broker.starting import (
     unless_stopped,
     url_of,
 )
+from broker.statistics import Statistics
 from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.migrate import MigrationError
 from broker.storage.notifications import Notifications
 from broker.sweeper import Sweeper
+from broker.tally import Tally
 from broker.tls import Site
 from broker.waiting import WaitingRoom
 from broker.webhooks import PushLimits, Webhooks
@@ -68,9 +73,15 @@ PUSH_SECONDS = 4.0
 CANCEL_SECONDS = 0.25
 UNDO_SECONDS = 1.0
 STOP_SERVICES_SECONDS = 0.5
+STATISTICS_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 # How often one of several processes says what its gauges are.
 GAUGES_SECONDS = 0.5
+# Limits that the metrics say beside what has been used of them.
+SHOWN_LIMITS = (
+    "max_connections", "max_calls", "max_calls_in_flight", "max_waiting_consumers", "database_connections",
+    "webhook_total",
+)  # fmt: skip
 GC_THRESHOLDS = (20_000, 20, 20)
 
 
@@ -81,7 +92,7 @@ async def serve(settings: Settings) -> None:
         async with migrated_database(settings, stop) as conninfo, contextlib.AsyncExitStack() as stack:
             server = await unless_stopped(stop, stack.enter_async_context(Server(conninfo, settings)))
             collect_less_garbage()
-            print(f"listening on {server.url}", flush=True)  # noqa: T201
+            announce(server.url)
             await stop.wait()
             log.info("stopping")
 
@@ -105,6 +116,8 @@ class Server:
         self._share = share
         self._tls = tls_of(settings)
         self.metrics = Metrics(share.metrics_folder if share else None)
+        self.metrics.show_limits({name: getattr(settings, name) for name in SHOWN_LIMITS})
+        self.tally = Tally()
         self.database = Database(
             conninfo,
             connections=settings.database_connections,
@@ -119,13 +132,25 @@ class Server:
             stored=lambda queue, stored: self.methods.stored(queue, stored),
             published=lambda published: self.methods.published(published),
             watch=self.metrics.statement_ended,
+            watch_ages=self.metrics.lease_age.observe_all,
+            tally=self.tally,
         )
-        self.waiting = WaitingRoom(self.database, self.calls, max_waiting=settings.max_waiting_consumers)
+        self.waiting = WaitingRoom(
+            self.database, self.calls, max_waiting=settings.max_waiting_consumers, tally=self.tally
+        )
         self.notifications = Notifications(self.database, self.waiting.hear, self.waiting.look_at_all)
         self.waiting.tell_others = self.notifications.tell
-        self.sweeper = Sweeper(self.database, self.metrics, self.waiting.tell, interval=settings.sweep_interval)
+        self.sweeper = Sweeper(
+            self.database, self.metrics, self.tally, self.waiting.tell, interval=settings.sweep_interval
+        )
+        self.statistics = Statistics(self.database, self.tally)
         self.limits = ConnectionLimits(
-            max_body_bytes=settings.max_request_bytes, max_connections=settings.max_connections
+            header_timeout=settings.header_timeout,
+            body_timeout=settings.body_timeout,
+            body_stall_timeout=settings.body_stall_timeout,
+            keepalive_timeout=settings.keepalive_timeout,
+            max_body_bytes=settings.max_request_bytes,
+            max_connections=settings.max_connections,
         )
         guard = Guard([ip_network(each) for each in settings.webhook_allow])
         self.webhooks = self._webhooks(guard)
@@ -135,6 +160,7 @@ class Server:
             self.calls,
             self.waiting,
             self.metrics,
+            self.tally,
             settings,
             document,
             check_url=guard.check_url,
@@ -153,6 +179,8 @@ class Server:
             self.metrics,
             Permissions(self.database).permit,
             audit.call_ended,
+            max_nesting=settings.max_nesting,
+            max_calls_in_flight=settings.max_calls_in_flight,
         )
         self.pages = Pages(
             self.database,
@@ -160,13 +188,16 @@ class Server:
             document,
             is_draining=lambda: self.runner.is_draining,
             read_gauges=self._read_gauges,
-            shows_queues=lambda: not self.auth.is_required,
         )
         self.entrance = Entrance(
             settings, self.rpc, self.auth, self.metrics, self.limits, is_draining=lambda: self.runner.is_draining
         )
         self.runner = ConnectionRunner(
-            self._application(), limits=self.limits, guard=self.entrance.guard, shutdown_timeout=CANCEL_SECONDS
+            self._application(),
+            limits=self.limits,
+            guard=self.entrance.guard,
+            over_limit=self.metrics.over_limit,
+            shutdown_timeout=CANCEL_SECONDS,
         )
         self._services: list[asyncio.Task[None]] = []
 
@@ -185,7 +216,7 @@ class Server:
 
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=self.settings.max_request_bytes)
-        application.add_routes([web.post("/rpc", self.entrance.call), *self.pages.routes()])
+        application.add_routes([web.post("/rpc", self.entrance.call), *self.pages.routes(), *load_files().routes()])
         return application
 
     def _read_gauges(self) -> None:
@@ -193,6 +224,12 @@ class Server:
         self.metrics.breaker.set(self.database.breaker.reason is not None)
         self.metrics.connections.set(len(self.runner.connections))
         self.metrics.pushing.set(self.webhooks.under_way)
+        self.metrics.in_flight.set(self.rpc.in_flight)
+        self.metrics.calls_waiting.set(self.calls.waiting + self.database.waiting)
+        connections, busy = self.database.pool_use()
+        self.metrics.pool.set(connections)
+        self.metrics.pool_busy.set(busy)
+        self.metrics.settle()
 
     async def _show_gauges(self) -> None:
         while True:
@@ -221,6 +258,7 @@ class Server:
             self.notifications.run,
             self.waiting.run,
             self.sweeper.run,
+            self.statistics.run,
             self.calls.low_water.run,
             self.webhooks.run,
             self.auth.run,
@@ -276,6 +314,8 @@ class Server:
             if running:
                 self.database.cut_services()
                 await asyncio.wait(running, timeout=STOP_SERVICES_SECONDS)
+        # Last: what is undone counts too.
+        await self.statistics.append(STATISTICS_SECONDS)
         await self.database.close()
 
 

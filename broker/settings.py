@@ -14,9 +14,6 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
-
 
 def default_data_dir() -> Path:
     """Return where an embedded PostgreSQL keeps its data when nobody says otherwise."""
@@ -69,6 +66,10 @@ def parse_switch(text: str) -> bool:
 
 def parse_conninfo(text: str) -> str:
     """Read a libpq URL or connection string: only its form is checked."""
+    # Not before it is needed: commands that only show the settings need not wait for it.
+    from psycopg import ProgrammingError
+    from psycopg.conninfo import conninfo_to_dict
+
     try:
         conninfo_to_dict(text)
     except ProgrammingError:
@@ -91,6 +92,8 @@ class Setting:
     maximum: float | None = None
     repeatable: bool = False
     secret: bool = False
+    # Whether `get_server` shows it among the limits in force.
+    is_limit: bool = False
 
     @property
     def is_switch(self) -> bool:
@@ -154,6 +157,7 @@ class Settings:
         30,
         flag="--max-failed-logins",
         variable="BROKER_MAX_FAILED_LOGINS",
+        is_limit=True,
         parse=int,
         minimum=1,
         maximum=1_000_000,
@@ -164,6 +168,7 @@ class Settings:
         1_000,
         flag="--max-calls-per-token",
         variable="BROKER_MAX_CALLS_PER_TOKEN",
+        is_limit=True,
         parse=int,
         minimum=1,
         maximum=1_000_000,
@@ -174,6 +179,7 @@ class Settings:
         10_000.0,
         flag="--max-call-rate-per-token",
         variable="BROKER_MAX_CALL_RATE_PER_TOKEN",
+        is_limit=True,
         parse=float,
         unit="calls a second",
         minimum=1,
@@ -250,6 +256,7 @@ class Settings:
         10.0,
         flag="--request-timeout",
         variable="BROKER_REQUEST_TIMEOUT",
+        is_limit=True,
         parse=float,
         unit="seconds",
         minimum=0.1,
@@ -270,6 +277,7 @@ class Settings:
         8,
         flag="--database-connections",
         variable="BROKER_DATABASE_CONNECTIONS",
+        is_limit=True,
         parse=int,
         minimum=1,
         maximum=200,
@@ -290,6 +298,7 @@ class Settings:
         8 * 2**20,
         flag="--max-request-bytes",
         variable="BROKER_MAX_REQUEST_BYTES",
+        is_limit=True,
         parse=parse_size,
         unit="bytes",
         shown_default="8MiB",
@@ -297,19 +306,87 @@ class Settings:
         maximum=2**30,
         help="The longest request body; more is answered 413.",
     )
+    max_nesting: int = setting(
+        128,
+        flag="--max-nesting",
+        variable="BROKER_MAX_NESTING",
+        is_limit=True,
+        parse=int,
+        minimum=8,
+        maximum=512,
+        help="How deep arrays and objects of one call may lie in each other; deeper is answered -32600.",
+    )
+    header_timeout: float = setting(
+        15.0,
+        flag="--header-timeout",
+        variable="BROKER_HEADER_TIMEOUT",
+        is_limit=True,
+        parse=float,
+        unit="seconds",
+        minimum=0.1,
+        maximum=3600,
+        help="How long a new connection may say nothing, and then the head of a request may take; after that it is"
+        " closed, and answered 408 where a request had begun.",
+    )
+    body_timeout: float = setting(
+        60.0,
+        flag="--body-timeout",
+        variable="BROKER_BODY_TIMEOUT",
+        is_limit=True,
+        parse=float,
+        unit="seconds",
+        minimum=0.1,
+        maximum=3600,
+        help="How long the body of a request may take in all; then it is answered 408.",
+    )
+    body_stall_timeout: float = setting(
+        15.0,
+        flag="--body-stall-timeout",
+        variable="BROKER_BODY_STALL_TIMEOUT",
+        is_limit=True,
+        parse=float,
+        unit="seconds",
+        minimum=0.1,
+        maximum=3600,
+        help="How long no byte of a body may come; then it is answered 408.",
+    )
+    keepalive_timeout: float = setting(
+        75.0,
+        flag="--keepalive-timeout",
+        variable="BROKER_KEEPALIVE_TIMEOUT",
+        is_limit=True,
+        parse=float,
+        unit="seconds",
+        minimum=0.1,
+        maximum=3600,
+        help="How long a connection is kept between two requests, and an answer waits for a client that reads nothing.",
+    )
     max_connections: int = setting(
         10_000,
         flag="--max-connections",
         variable="BROKER_MAX_CONNECTIONS",
+        is_limit=True,
         parse=int,
         minimum=1,
         maximum=1_000_000,
         help="Client connections of each process at one time; one more is answered 503.",
     )
+    max_calls_in_flight: int = setting(
+        20_000,
+        flag="--max-calls-in-flight",
+        variable="BROKER_MAX_CALLS_IN_FLIGHT",
+        is_limit=True,
+        parse=int,
+        minimum=1,
+        maximum=1_000_000,
+        help="Calls of all clients at one time, in each process, those that wait for messages too and those of a batch"
+        " one by one; one more is `overloaded`.",
+    )
     max_calls: int = setting(
         10_000,
         flag="--max-calls",
         variable="BROKER_MAX_CALLS",
+        is_limit=True,
         parse=int,
         minimum=1,
         maximum=1_000_000,
@@ -319,6 +396,7 @@ class Settings:
         10_000,
         flag="--max-waiting-consumers",
         variable="BROKER_MAX_WAITING_CONSUMERS",
+        is_limit=True,
         parse=int,
         minimum=1,
         maximum=1_000_000,
@@ -338,6 +416,7 @@ class Settings:
         64,
         flag="--webhook-concurrency",
         variable="BROKER_WEBHOOK_CONCURRENCY",
+        is_limit=True,
         parse=int,
         minimum=1,
         maximum=1_000,
@@ -347,6 +426,7 @@ class Settings:
         256,
         flag="--webhook-total",
         variable="BROKER_WEBHOOK_TOTAL",
+        is_limit=True,
         parse=int,
         minimum=1,
         maximum=10_000,
@@ -357,6 +437,7 @@ class Settings:
         15.0,
         flag="--webhook-timeout",
         variable="BROKER_WEBHOOK_TIMEOUT",
+        is_limit=True,
         parse=float,
         unit="seconds",
         minimum=0.1,
@@ -371,6 +452,11 @@ class Settings:
         choices=("auto", "console", "json"),
         help="How log lines look on standard error: `auto` is console on a terminal, JSON elsewhere.",
     )
+
+
+def limits_in_force(settings: Settings) -> dict[str, float]:
+    """Return every setting that limits what clients may send or hold, by its name."""
+    return {name: getattr(settings, name) for name, about, _ in settings_table() if about.is_limit}
 
 
 def settings_table() -> list[tuple[str, Setting, Any]]:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ MAX_CRASHES = 5
 LONG_LIFE_SECONDS = 60
 # What a process uses besides its connections for calls: to listen, to notify and to see whether PostgreSQL is well.
 SERVICE_CONNECTIONS = 3
+# Where commands look for a broker when nobody tells them.
+USUAL_URL = f"http://{Settings.host}:{Settings.port}"
 
 
 T = TypeVar("T")
@@ -187,6 +190,15 @@ def check_durability(facts: ServerFacts, settings: Settings) -> None:
             " (BROKER_ALLOW_DATA_LOSS=yes) where they may be."
         )
     log.warning("DATA LOSS IS ALLOWED: acknowledged messages can be lost because=%s", risks)
+
+
+def announce(url: str) -> None:
+    """Say that calls are taken: to programs by one line on standard output, to a person at a terminal what to try."""
+    print(f"listening on {url}", flush=True)  # noqa: T201
+    if sys.stderr.isatty():
+        where = "" if url == USUAL_URL else f"BROKER_URL={url} "
+        hint = f'See it at {url}/ or try, in another terminal: {where}wonderq send default \'{{"hello": "world"}}\''
+        print(hint, file=sys.stderr)  # noqa: T201
 
 
 def cannot_listen(settings: Settings, error: OSError) -> StartError:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 
 from broker.errors import BrokerError
 from broker.metrics import Metrics
@@ -18,6 +19,8 @@ from broker.storage import dead_letters, sweeps
 from broker.storage.database import Connection, Database
 from broker.storage.dead_letters import Settled
 from broker.storage.notifications import News
+from broker.storage.sweeps import OF_TOPIC
+from broker.tally import DEAD, EXPIRED, RETURNED, Tally
 
 log = logging.getLogger("broker.sweeper")
 
@@ -43,6 +46,8 @@ class Swept:
     ended_leases: Mapping[str, int]
     of_deleted: int
     measured_queues: int
+    # When it began, on the database's clock.
+    at: datetime | None = field(default=None, compare=False)
 
     def filled(self, batch_size: int) -> bool:
         """Whether there may be more to do right now."""
@@ -68,6 +73,7 @@ async def sweep_once(connection: Connection, batch_size: int = BATCH_SIZE) -> Sw
         ended_leases=await sweeps.count_ended_leases(connection),
         of_deleted=await sweeps.remove_deleted(connection, batch_size) if chores.deleted_queues else 0,
         measured_queues=await sweeps.measure_queues(connection) if chores.sizes else 0,
+        at=chores.at,
     )
 
 
@@ -75,10 +81,17 @@ class Sweeper:
     """Sweeps every `interval` seconds."""
 
     def __init__(
-        self, database: Database, metrics: Metrics, tell: Callable[[News], object], *, interval: float
+        self,
+        database: Database,
+        metrics: Metrics,
+        tally: Tally,
+        tell: Callable[[News], object],
+        *,
+        interval: float,
     ) -> None:
         self._database = database
         self._metrics = metrics
+        self._tally = tally
         self._tell = tell
         self._interval = interval
 
@@ -101,6 +114,7 @@ class Sweeper:
             await asyncio.sleep(0 if is_filled else self._interval)
 
     def _report(self, swept: Swept) -> None:
+        self._count(swept)
         self._metrics.sweeps.labels("done").inc()
         self._metrics.expired.inc(sum(swept.expired.values()))
         self._metrics.ended_leases.inc(sum(swept.ended_leases.values()))
@@ -114,3 +128,14 @@ class Sweeper:
         for found in (swept.ended_leases, swept.settled.moved, swept.settled.returned, swept.of_ended.moved):
             for queue, messages in found.items():
                 self._tell(News(queue, 0.0, messages))
+
+    def _count(self, swept: Swept) -> None:
+        """Add to what happened in this minute."""
+        of_queues = {queue: messages for queue, messages in swept.expired.items() if not queue.startswith(OF_TOPIC)}
+        self._tally.add_all(EXPIRED, of_queues)
+        self._tally.add_all(RETURNED, swept.ended_leases)
+        self._tally.add_all(RETURNED, swept.settled.returned)
+        for settled in (swept.settled, swept.of_ended):
+            self._tally.add_all(DEAD, settled.dead)
+        if swept.at is not None:
+            self._tally.swept_at = swept.at

@@ -28,6 +28,7 @@ from broker.storage.database import Database
 from broker.storage.handing_out import Delivery
 from broker.storage.low_water import UNKNOWN
 from broker.storage.notifications import News
+from broker.tally import RETURNED, Tally
 
 log = logging.getLogger("broker.waiting")
 
@@ -120,8 +121,11 @@ class Line:
 class WaitingRoom:
     """Dequeues for consumers, and lets them wait where there is nothing yet."""
 
-    def __init__(self, database: Database, calls: Calls, *, max_waiting: int = 10_000) -> None:
+    def __init__(
+        self, database: Database, calls: Calls, *, max_waiting: int = 10_000, tally: Tally | None = None
+    ) -> None:
         self._database = database
+        self._tally = Tally() if tally is None else tally
         self._calls = calls
         self._max_waiting = max_waiting
         self._waiting = 0
@@ -188,7 +192,9 @@ class WaitingRoom:
 
     def _take_place(self) -> None:
         if self._waiting >= self._max_waiting:
-            raise Overloaded(limit=self._max_waiting, what="waiting consumers", retry_after=1)
+            raise Overloaded(
+                limit=self._max_waiting, what="waiting consumers", retry_after=1, counted_as="waiting_consumers"
+            )
         self._waiting += 1
 
     def _line(self, queue: str) -> Line:
@@ -235,10 +241,12 @@ class WaitingRoom:
         if not delivery.leases:
             return
         try:
-            await self._database.write(lambda connection: leases.give_back(connection, delivery.leases))
+            given_back = await self._database.write(lambda connection: leases.give_back(connection, delivery.leases))
         except BrokerError as error:
             log.warning("leases not given back messages=%d reason=%s", len(delivery.leases), error.type)
             return
+        if given_back:
+            self._tally.add(queue, RETURNED, given_back)
         self.tell(News(queue, 0.0, len(delivery.leases)))
 
     def give_back_soon(self, queue: str, delivery: Delivery) -> None:

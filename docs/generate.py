@@ -1,9 +1,9 @@
-"""Write the reference from its sources: methods from `rpc_schema.json`, settings and outcomes from their tables.
+"""Write the reference from its sources: methods from `rpc_schema.json`, settings, outcomes and metrics from the code.
 
 It writes docs/rpc.md below the prose that is written there by hand, the table of outcomes within docs/reliability.md,
-docs/settings.md and the Postman collection; with `--check` it writes nothing and exits 1 where a file is not what
-would be written. The output depends on the sources, never on the machine. What is to be said of one method belongs
-into the schema.
+docs/settings.md, docs/cli.md, docs/metrics.md and the Postman collection; with `--check` it writes nothing and exits 1
+where a file is not what would be written. The output depends on the sources, never on the machine. What is to be said
+of one method belongs into the schema.
 """
 
 import json
@@ -15,8 +15,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # The sources of this tree, whatever is installed.
 
+from broker.metrics import Metrics  # noqa: E402
 from broker.settings import Setting, settings_table  # noqa: E402
 from broker.storage.outcomes import ANY_OTHER_SQLSTATE, BY_MOMENT, BY_SQLSTATE, Failure  # noqa: E402
+from cli_reference import render_cli  # noqa: E402
 
 Json = dict[str, Any]
 DOCUMENT: Json = json.loads((ROOT / "rpc_schema.json").read_text("utf-8"))
@@ -42,6 +44,20 @@ SETTINGS_PROSE = f"""\
 Each setting is a flag of `wonderq serve` and an environment variable. The flag wins over the variable, the
 variable over the default; there is no file of settings. A repeatable flag may be given several times; its
 variable takes a list separated by commas. Sizes may be written as `512KiB`, `8MiB` or `1GiB`.
+
+"""
+METRICS_PROSE = f"""\
+<!-- Made by {COMMAND}; change broker/metrics.py or broker/gauges.py instead. -->
+
+# Metrics
+
+`GET /metrics` serves these in the text format of Prometheus. Where tokens are needed it needs any one. Counters,
+histograms and most gauges are of the broker that answers, summed over its processes: sum them over brokers. What the
+database says (`wonderq_queue…`, `wonderq_subscriptions`, `wonderq_durability`) is the same whichever broker answers:
+take the maximum. Which of them to be woken by, and what to do then, is in [operations.md](operations.md#alerts).
+
+No label has more than a fixed number of values: queues are the first 100 by name and one for the rest, methods and
+outcomes are those of the schema.
 
 """
 
@@ -206,6 +222,23 @@ def render_settings() -> str:
     return SETTINGS_PROSE + table("flag, variable, default, unit, range, what", rows)
 
 
+def render_metrics() -> str:
+    """Return the page of the metrics."""
+    metrics = Metrics()
+    rows = []
+    made: list[Any] = list(metrics.registry._collector_to_names)
+    for one in made:
+        bounds = [f"{bound:g}" for bound in one._kwargs.get("buckets", ())]
+        about = one._documentation + (f" Buckets up to {', '.join(bounds)}." if bounds else "")
+        rows.append((one._name + "_total" * (one._type == "counter"), one._type, one._labelnames, about))
+    for family in metrics.of_database.describe():
+        rows.append((family.name, family.type, getattr(family, "_labelnames", ()), family.documentation))
+    cells = [
+        [f"`{name}`", kind, ", ".join(f"`{label}`" for label in labels), about] for name, kind, labels, about in rows
+    ]
+    return METRICS_PROSE + table("metric, type, labels, what", sorted(cells))
+
+
 def outcome_row(sqlstate: str, line: Failure) -> list[str]:
     """Return a line of the table of outcomes."""
     code = f"`{sqlstate}`" if len(sqlstate) == 5 else f"class `{sqlstate}`" if sqlstate else ""
@@ -262,6 +295,8 @@ def main(arguments: list[str]) -> int:
         "rpc.md": render_rpc(prose),
         "reliability.md": reliability,
         "settings.md": render_settings(),
+        "cli.md": render_cli(COMMAND),
+        "metrics.md": render_metrics(),
         POSTMAN: render_postman(),
     }
     files = {ROOT / "docs" / name: text for name, text in texts.items()}

@@ -29,6 +29,7 @@ import uvloop
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+import secrecy
 from broker import draining
 from broker.embedded import EmbeddedPostgres
 from broker.errors import QueueNotFound
@@ -42,6 +43,7 @@ from broker.storage.handing_out import Delivery, Wanted
 from broker.storage.low_water import LowWater
 from broker.storage.migrate import migrate
 from broker.storage.sessions import configure
+from broker_process import Start, starting, without_its_postgresql
 from gate import MAKE_GATE, Gate
 
 # Of each of the processes that share the tests: they may share a server too.
@@ -53,6 +55,8 @@ FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "300", "ma
 MEMORY = "/dev/shm"
 MEMORY_BYTES = 4 * 2**30
 DATA = "wonderq-data-"
+# What each process has found that should have been in no log.
+SEARCHES: list[dict[str, Any]] = []
 
 _names = (f"wonderq_test_{os.getpid()}_{n}" for n in itertools.count())
 
@@ -63,8 +67,42 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"uvloop": uvloop.new_event_loop}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to keep every log of this process."""
+    secrecy.watching = secrecy.Watch(Path(tempfile.mkdtemp(prefix="wonderq-logs-")))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Search the logs for every secret used; a run that let one out fails."""
+    assert secrecy.watching is not None
+    found = secrecy.watching.end()
+    shutil.rmtree(secrecy.watching.folder, ignore_errors=True)
+    about = {"found": found, "secrets": len(secrecy.KNOWN.alike) + len(secrecy.KNOWN.others)}
+    about |= {"bytes": secrecy.KNOWN.searched_bytes, "tables": secrecy.KNOWN.searched_tables}
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["secrecy"] = about
+        return
+    SEARCHES.append(about)
+    if any(each["found"] for each in SEARCHES) and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take in what one of the processes that share the tests has found."""
+    if "secrecy" in getattr(node, "workeroutput", {}):
+        SEARCHES.append(node.workeroutput["secrecy"])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the figures that tests have recorded by `record_property`, whichever process they ran in."""
+    searched = {name: sum(each[name] for each in SEARCHES) for name in ("secrets", "bytes", "tables")}
+    terminalreporter.write_line(
+        "searched for {secrets:,} secrets: {bytes:,} bytes of logs and rows, {tables:,} tables".format(**searched)
+    )
+    for place in (place for each in SEARCHES for place in each["found"]):
+        terminalreporter.write_line(f"a secret can be read: {place}", red=True)
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):
             for name, figures in report.user_properties:
@@ -148,7 +186,11 @@ def new_database(server: str, template: str) -> Iterator[str]:
             )
         )
         try:
+            secrets_before = secrecy.KNOWN.lasting
             yield make_conninfo(server, dbname=name)
+            if secrecy.KNOWN.lasting > secrets_before:
+                found = secrecy.KNOWN.found_in_database(make_conninfo(server, dbname=name))
+                assert not found, f"a secret can be read in a table: {found}"
         finally:
             connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
@@ -165,6 +207,20 @@ def empty_database_url(test_server: str) -> Iterator[str]:
     """A database without anything in it."""
     with new_database(test_server, "template0") as conninfo:
         yield conninfo
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the account of an embedded PostgreSQL can enter."""
+    with data_folder() as made, without_its_postgresql(made):
+        yield made
+
+
+@pytest.fixture
+async def start(folder: Path) -> AsyncIterator[Start]:
+    """Start a broker as a process with these flags: `await start("--data-dir", …, BROKER_PORT="0")`."""
+    async with starting(folder) as start_one:
+        yield start_one
 
 
 Connect = Callable[[], Any]

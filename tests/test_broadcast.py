@@ -200,7 +200,7 @@ async def test_what_expires_before_is_not_given_out_swept_or_not(broker: Broker,
     assert await broadcast(broker) == {"messages": 1, "deliveries": 1, "complete": True}
     assert bodies(await take(broker, 9, "q")) == ["stays"]
     await pass_time(connection, 60)
-    assert await sweeps.remove_expired(connection, 10) == {"topic": 2}
+    assert await sweeps.remove_expired(connection, 10) == {"topic topic": 2}
 
 
 async def test_two_subscriptions_to_one_queue_make_two_copies(broker: Broker) -> None:

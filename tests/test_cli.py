@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from broker import __version__, cli, processes
+from broker.cli import serving
+from broker.cli.commands import WithExamples
 from broker.schema import load_document
 from broker.settings import Setting, Settings, settings_table
 from conftest import Broker, StartBroker
@@ -23,10 +28,10 @@ METHODS = {method["name"]: method for method in load_document()["methods"]}
 TABLE = {name: (about, default) for name, about, default in settings_table()}
 
 
-def run(*words: str, env: dict[str, str] | None = None) -> Result:
-    """Run a command in this process, without the settings of the environment."""
+def run(*words: str, env: dict[str, str] | None = None, text: str | bytes | None = None) -> Result:
+    """Run a command in this process, with a text on standard input, without the settings of the environment."""
     cleared = {about.variable: None for about, _ in TABLE.values()} | {"BROKER_URL": None, "BROKER_TOKEN": None}
-    return CliRunner().invoke(cli.main, words, env={**cleared, **(env or {})}, prog_name="wonderq")
+    return CliRunner().invoke(cli.main, words, input=text, env={**cleared, **(env or {})}, prog_name="wonderq")
 
 
 async def call(broker: Broker, method: str, *words: str) -> Any:
@@ -65,6 +70,7 @@ async def one_life_by_every_method(broker: Broker) -> None:
         "mail"
     ]
     assert await do("count_messages", "--queue", "mail", "--status", "ready") == {"total": 3, "exact": True}
+    assert len((await do("get_stats", "--queue", "mail", "--minutes", "3"))["minutes"]) == 3
     assert len((await do("list_messages", "--queue", "mail", "--limit", "2"))["messages"]) == 2
     shown = await do("get_message", "--queue", "mail", "--message-id", first["message_id"])
     assert (shown["body"], shown["headers"], shown["sender"]) == ({"to": "ada"}, {"a": "b"}, "me")
@@ -95,6 +101,7 @@ async def one_life_by_every_method(broker: Broker) -> None:
     assert await do("broadcast", "--topic", "news") == {"messages": 1, "deliveries": 1, "complete": True}
     assert await do("delete_topic", "--topic", "news") == {"deleted_messages": 0, "complete": True}
     assert await do("delete_queue", "--queue", "mail") == {"deleted_messages": 1, "complete": True}
+    assert (await do("get_caller"))["admin"] is True
     assert (await do("get_server"))["version"] == __version__
     assert [method["name"] for method in (await do("rpc.discover"))["methods"]] == list(METHODS)
     assert called == set(METHODS)
@@ -194,6 +201,81 @@ def test_the_help_names_every_command_and_every_setting() -> None:
         assert any(about.variable in word for word in words)
 
 
+def with_examples(command: click.Command, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the name and the examples of a command, and of each below it but the methods of `call`."""
+    assert isinstance(command, WithExamples), name
+    yield name, command.examples
+    if isinstance(command, click.Group) and name != "call":
+        for inner, each in command.commands.items():
+            yield from with_examples(each, f"{name} {inner}")
+
+
+def examples() -> dict[str, tuple[str, ...]]:
+    """Return the examples of every command."""
+    context = click.Context(cli.main)
+    found: dict[str, tuple[str, ...]] = {}
+    for name in cli.main.list_commands(context):
+        command = cli.main.get_command(context, name)
+        assert command is not None
+        found.update(with_examples(command, name))
+    return found
+
+
+def test_the_help_of_every_command_ends_with_examples() -> None:
+    for name, lines in examples().items():
+        shown = run(*name.split(), "--help").stdout
+        assert lines
+        assert shown.endswith("".join(f"  {line}\n" for line in lines))
+    for method in METHODS:
+        shown = run("call", method, "--help").stdout
+        assert f"Examples:\n  wonderq call {method}" in shown
+
+
+def test_no_word_at_all_shows_the_commands_of_every_day_first() -> None:
+    done = run()
+    assert (done.exit_code, done.stderr) == (0, "")
+    places = [done.stdout.index(f"\n  {name} ") for name in ("send", "receive", "queues", "doctor", "serve", "call")]
+    assert places == sorted(places)
+    assert done.stdout == run("--help").stdout
+
+
+async def test_every_example_in_the_help_does_what_it_shows(
+    start_broker: StartBroker, database_url: str, tmp_path: Path
+) -> None:
+    broker = await start_broker(auth="off")
+    for name in ("mail", "mail-dead"):
+        await broker.call("create_queue", queue=name)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
+    env |= {"PATH": path, "BROKER_URL": broker.url, "DATABASE_URL": database_url, "HOME": str(tmp_path)}
+    for name, lines in examples().items():
+        if name == "completion" or (name == "stats" and "get_stats" not in METHODS):
+            continue  # the first in shells of its own: test_completion
+        for line in lines:
+            if "jq" in line and shutil.which("jq") is None:
+                continue
+            assert await outcome(re.sub("DATABASE_URL=[^ ]* ", "", line), env, tmp_path) == "", line
+
+
+async def outcome(line: str, env: dict[str, str], folder: Path) -> str:
+    """Run a line in a shell; return "" where it went well, else what it said. A server is stopped when it serves."""
+    if serves := "wonderq serve" in line:
+        line = f"exec {line} --port 0 --allow-data-loss"
+    elif "doctor" in line:
+        line = f"{line} || test $? = 1"  # the database of the tests keeps nothing
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-c", line, env=env, cwd=folder, stdin=pipe, stdout=pipe, stderr=pipe
+    )
+    async with asyncio.timeout(60):
+        if serves:
+            assert process.stdout is not None
+            if (await process.stdout.readline()).startswith(b"listening on "):
+                process.terminate()
+        _, stderr = await process.communicate()
+    return "" if process.returncode == 0 else stderr.decode() or f"exit code {process.returncode}"
+
+
 # --------------------------------------------------------------------------------------------------------- settings
 
 # For each setting two values that differ from the default, as text and as what it means.
@@ -221,6 +303,12 @@ VALUES: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "database_connections": (("1", 1), ("200", 200)),
     "allow_data_loss": (("yes", True), ("1", True)),
     "max_request_bytes": (("512KiB", 512 * 1024), ("1024", 1024)),
+    "max_nesting": (("8", 8), ("512", 512)),
+    "header_timeout": (("0.1", 0.1), ("3600", 3600.0)),
+    "body_timeout": (("0.1", 0.1), ("3600", 3600.0)),
+    "body_stall_timeout": (("0.1", 0.1), ("3600", 3600.0)),
+    "keepalive_timeout": (("0.1", 0.1), ("3600", 3600.0)),
+    "max_calls_in_flight": (("1", 1), ("1000000", 1_000_000)),
     "max_connections": (("1", 1), ("1000000", 1_000_000)),
     "max_calls": (("1", 1), ("1000000", 1_000_000)),
     "max_waiting_consumers": (("1", 1), ("1000000", 1_000_000)),
@@ -242,7 +330,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
         return 0
 
     monkeypatch.setattr(processes, "run", remember)
-    monkeypatch.setattr(cli, "configure_logs", lambda _: None)
+    monkeypatch.setattr(serving, "configure_logs", lambda _: None)
 
     def serve(*words: str, **env: str) -> Settings:
         done = run("serve", *words, env=env)

@@ -18,16 +18,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from broker.connections import (
-    BodyTooLarge,
-    BodyTooSlow,
-    ConnectionLimits,
-    ConnectionRunner,
-    client_has_hung_up,
-    json_answer,
-    read_body,
-    send,
-)
+from broker.answers import json_answer
+from broker.bodies import BodyTooLarge, BodyTooSlow, ConnectionLimits, read_body
+from broker.connections import ConnectionRunner, client_has_hung_up, send
 from broker.draining import drain
 
 PATIENCE = 10.0

@@ -19,7 +19,7 @@ from broker.settings import settings_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-GENERATED = ("rpc.md", "settings.md", "wonderq.postman_collection.json")
+GENERATED = ("rpc.md", "settings.md", "metrics.md", "wonderq.postman_collection.json")
 
 Json = dict[str, Any]
 DOCUMENT: Json = json.loads((ROOT / "rpc_schema.json").read_text("utf-8"))

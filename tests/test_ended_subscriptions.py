@@ -143,6 +143,17 @@ async def test_dead_letters_of_the_end_are_redriven_to_another_queue(
     assert await subscriptions.unsubscribe(database, made.subscription_id) == 0
 
 
+async def test_dead_letters_of_the_end_stay_while_they_have_nowhere_to_go_but_back_there(
+    connection: Connection, database: Database
+) -> None:
+    made = await ended(connection, "1", "2", dead_letter_queue="dead")
+    await sweep_once(connection)
+    for to in (None, made.queue):
+        redriven = await dead_letters.redrive(database, "dead", to, None)
+        assert (redriven.moved, redriven.complete) == ({}, True)
+    assert await stored(connection) == {"dead": 2}
+
+
 async def test_dead_letters_of_the_end_go_back_to_a_subscription_that_was_made_anew(
     database: Database, connection: Connection
 ) -> None:

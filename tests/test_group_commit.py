@@ -7,6 +7,7 @@ what a statement carried is recorded by the function that carries it out. Nothin
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -115,11 +116,14 @@ async def test_what_comes_while_statements_are_under_way_becomes_the_next_one(
 
 
 async def test_the_watcher_hears_how_many_calls_each_statement_carried(database: Database) -> None:
-    heard: list[int] = []
-    group: GroupCommit[int, float] = GroupCommit(database, Statements(), max_calls=1000, watch=heard.append)
+    heard: list[tuple[int, float]] = []
+    watch = lambda calls, seconds: heard.append((calls, seconds))  # noqa: E731
+    group: GroupCommit[int, float] = GroupCommit(database, Statements(), max_calls=1000, watch=watch)
+    began_at = time.perf_counter()
     await results(start(group, *[1] * 7))
     await results(start(group, 1))
-    assert heard == [7, 1]
+    assert [calls for calls, _ in heard] == [7, 1]
+    assert 0 < sum(seconds for _, seconds in heard) < time.perf_counter() - began_at
 
 
 # Fairness and limits
@@ -289,7 +293,7 @@ async def test_consumers_that_ask_together_get_what_is_there_the_first_ones_firs
 
 async def test_consumers_of_many_queues_share_a_statement(database: Database, connect: Connect) -> None:
     heard: list[tuple[str, int]] = []
-    calls = Calls(database, watch=lambda kind, carried: heard.append((kind, carried)))
+    calls = Calls(database, watch=lambda kind, carried, _: heard.append((kind, carried)))
     connection = await connect()
     for n in range(20):
         await queues.create(connection, f"q{n}", {})

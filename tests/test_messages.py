@@ -988,6 +988,24 @@ async def test_a_prefix_is_taken_letter_by_letter(broker: Broker) -> None:
         assert found == names
 
 
+async def test_of_all_queues_only_those_are_listed_that_another_has_for_its_dead_letters(broker: Broker) -> None:
+    for name in ("dead-a", "dead-b", "other", "was-dead"):
+        await broker.call("create_queue", queue=name)
+    for name, target in (("a1", "dead-a"), ("a2", "dead-a"), ("b", "dead-b"), ("gone", "was-dead")):
+        await broker.call("create_queue", queue=name, dead_letter_queue=target)
+    await broker.call("delete_queue", queue="gone")
+    await stock(broker, "dead-a")
+    page = await broker.call("list_queues", dead_letter_queues=True, counts=True)
+    assert [(each["queue"], each["counts"]["total"]) for each in page["queues"]] == [("dead-a", 3), ("dead-b", 0)]
+    first = await broker.call("list_queues", dead_letter_queues=True, limit=1)
+    rest = await broker.call("list_queues", dead_letter_queues=True, limit=1, after=first["next"])
+    assert [each["queue"] for each in first["queues"] + rest["queues"]] == ["dead-a", "dead-b"]
+    assert rest["next"] is None
+    (found,) = (await broker.call("list_queues", dead_letter_queues=True, prefix="dead-b"))["queues"]
+    assert found["queue"] == "dead-b"
+    assert (await broker.call("list_queues", dead_letter_queues=True, prefix="a"))["queues"] == []
+
+
 async def test_queues_are_listed_with_their_counts_where_that_is_asked_for(broker: Broker) -> None:
     await broker.call("create_queue", queue="other")
     await stock(broker, "other")

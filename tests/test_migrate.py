@@ -197,7 +197,7 @@ async def test_a_broker_of_the_runtime_role_serves_every_method(runtime: tuple[s
         async with asyncio.timeout(PATIENCE):
             while b"wonderq_messages_expired_total 1.0" not in server.metrics.text():
                 await asyncio.sleep(0.05)
-        assert b'outcome="failed"' not in server.metrics.text()
+        assert b'wonderq_sweeps_total{outcome="failed"} 0.0' in server.metrics.text()
         assert (await broker.call("count_messages"))["exact"]
 
 

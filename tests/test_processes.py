@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -33,118 +32,14 @@ from broker.server import DRAIN_SECONDS
 from broker.settings import Settings
 from broker.sharing import Scoreboard
 from broker.worker import SCOREBOARD, Job
-from conftest import data_folder
+from broker_process import DEADLINE, Process, Start, postgres_pids, shared_folder, until
 from outside import eventually
 from receiver import receiving, silent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
-DEADLINE = 60.0
 STOP_SECONDS = 10.0
 SWARM = Path(__file__).with_name("swarm.py")
-
-
-class Process:
-    """One `python -m broker serve`."""
-
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
-        self._process = process
-        self._log = log
-        self.pid = process.pid
-        self.url = ""
-
-    @property
-    def log(self) -> str:
-        """What it has said on standard error."""
-        return self._log.read_text()
-
-    async def ready(self) -> Process:
-        """Wait until it listens."""
-        assert self._process.stdout is not None
-        line = (await asyncio.wait_for(self._process.stdout.readline(), DEADLINE)).decode()
-        found = re.fullmatch(r"listening on (http://\S+)\n", line)
-        assert found, f"{line!r} {self.log}"
-        self.url = found[1]
-        return self
-
-    @property
-    def port(self) -> int:
-        return int(self.url.rsplit(":", 1)[1])
-
-    @property
-    def workers(self) -> dict[int, int]:
-        """The pids of its workers, by their numbers."""
-        found = re.findall(r"worker serves worker=(\d+) pid=(\d+)", self.log)
-        return {int(number): int(pid) for number, pid in found}
-
-    async def says(self, words: str) -> None:
-        """Wait until it has said so."""
-        await until(lambda: words in self.log)
-
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def signal_all(self, number: int) -> None:
-        """Send a signal to its workers as well, as some service managers do."""
-        for pid in (*self.workers.values(), self.pid):
-            os.kill(pid, number)
-
-    async def ended(self, seconds: float = DEADLINE) -> int:
-        """Wait until it has ended; return its exit code."""
-        return await asyncio.wait_for(self._process.wait(), seconds)
-
-    async def kill(self) -> None:
-        if self._process.returncode is None:
-            self._process.kill()
-            for pid in self.workers.values():
-                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                    shutil.rmtree(shared_folder(pid), ignore_errors=True)
-                    os.kill(pid, signal.SIGKILL)
-        await self._process.wait()
-        transport = self._process._transport  # type: ignore[attr-defined]
-        transport.close()
-
-
-Start = Callable[..., Awaitable[Process]]
-
-
-@pytest.fixture
-async def start(folder: Path) -> AsyncIterator[Start]:
-    """Start a broker with these flags: `await start("--data-dir", …, BROKER_PORT="0")`."""
-    started: list[Process] = []
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("BROKER_", "PG", "DATABASE_"))}
-    kept |= {name: os.environ[name] for name in ("BROKER_PG_BIN",) if name in os.environ}
-    # The server that all tests share does without fsync.
-    kept |= {"BROKER_ALLOW_DATA_LOSS": "yes"}
-
-    async def start_one(*flags: str, port: int = 0, **variables: str) -> Process:
-        log = folder / f"broker-{len(started)}.log"
-        with log.open("wb") as stderr:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "broker", "serve", "--port", str(port), *flags),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=stderr,
-                env=kept | variables,
-            )
-        started.append(Process(process, log))
-        return started[-1]
-
-    try:
-        yield start_one
-    finally:
-        for process in started:
-            await process.kill()
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder that the account of an embedded PostgreSQL can enter."""
-    with data_folder() as made:
-        yield made
-        for pid in itertools.chain.from_iterable(postgres_pids(data_dir) for data_dir in made.iterdir()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -156,23 +51,6 @@ def data_dir(folder: Path) -> Path:
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         yield session
-
-
-def postgres_pids(data_dir: Path) -> list[int]:
-    """Return every process of the PostgreSQL in a data directory, the postmaster first."""
-    pids = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(data_dir / "postgres"):
-                pids.append(int(entry.name))
-    return sorted(pids)
-
-
-async def until(condition: Callable[[], Any], seconds: float = DEADLINE) -> None:
-    """Wait for what no event announces."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def answer(http: aiohttp.ClientSession, url: str, method: str, /, **params: Any) -> dict[str, Any]:
@@ -972,13 +850,6 @@ async def test_workers_end_with_a_supervisor_that_is_killed_and_the_next_one_can
     second.signal(signal.SIGTERM)
     assert await second.ended() == 0
     assert not folder.exists()
-
-
-def shared_folder(pid: int) -> Path:
-    """Return where a worker and its siblings count."""
-    found = re.search(r"(/\S*/wonderq-\w+)/", Path(f"/proc/{pid}/maps").read_text())
-    assert found
-    return Path(found[1])
 
 
 async def test_a_worker_that_dies_again_and_again_ends_the_broker_in_one_line(start: Start, data_dir: Path) -> None:

@@ -17,7 +17,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from broker.connections import ConnectionLimits, ConnectionRunner
+from broker.bodies import ConnectionLimits
+from broker.connections import ConnectionRunner
 from broker.errors import QueueNotFound
 from broker.methods import Methods
 from broker.rpc import Call, Method, Rpc, check_methods
@@ -560,6 +561,9 @@ async def test_every_call_is_counted_by_method_and_outcome_and_what_clients_inve
             assert seconds >= 0
             counted.append((method, outcome))
 
+        def over_limit(self, limit: str) -> None:
+            raise AssertionError(limit)
+
     async def works(call: Call) -> int:
         return 1
 
@@ -630,7 +634,7 @@ def test_a_schema_that_is_not_understood_is_refused_with_the_method_and_the_reas
 
 
 def test_each_function_of_the_product_has_its_schema_and_the_other_way_round() -> None:
-    methods = Methods(*[None] * 8)  # type: ignore[arg-type]
+    methods = Methods(*[None] * 9)  # type: ignore[arg-type]
     compiled = compile_methods(load_document())
     check_methods(compiled, methods.by_name())
     for name in compiled:

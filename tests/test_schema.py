@@ -35,7 +35,7 @@ PROMISED = {
     *("delete", "delete_batch", "extend_visibility", "extend_visibility_batch"),
     *("create_queue", "update_queue", "get_queue", "list_queues", "purge_queue", "delete_queue"),
     *("count_messages", "list_messages", "get_message", "update_message", "delete_message"),
-    *("redrive", "get_server", "rpc.discover"),
+    *("redrive", "get_caller", "get_server", "rpc.discover"),
     *("create_topic", "delete_topic", "list_topics", "publish", "broadcast"),
     *("subscribe", "unsubscribe", "list_subscriptions", "rotate_secret"),
 }

@@ -382,7 +382,7 @@ async def test_stored_messages_that_have_expired_are_swept(broker: Broker, conne
     await publish(broker, topic="t")
     assert await sweeps.remove_expired(connection, 10) == {}
     await pass_time(connection, 3600)
-    assert await sweeps.remove_expired(connection, 10) == {"t": 2}
+    assert await sweeps.remove_expired(connection, 10) == {"topic t": 2}
     assert await stored(connection) == {"t": 1}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -293,12 +292,12 @@ async def test_without_its_database_the_process_lives_and_is_not_ready_until_it_
 ) -> None:
     broker: Broker = await start_broker(request_timeout=0.3)
     with without_database(test_server, database_url):
-        for path in ("/readyz", "/healthz", "/"):
+        for path in ("/readyz", "/healthz"):
             answer = await get(broker, path)
             assert answer.status == 503, path
             assert int(answer.headers["retry-after"]) >= 1
             assert (answer.error["code"], answer.error["data"]["type"]) == (-32001, "unavailable")
-        for path in ("/livez", "/metrics", "/openrpc.json"):
+        for path in ("/livez", "/metrics", "/openrpc.json", "/"):
             assert (await get(broker, path)).status == 200, path
 
     async def is_ready() -> bool:
@@ -340,42 +339,6 @@ async def test_metrics_count_calls_and_messages(broker: Broker) -> None:
 async def test_the_schema_is_one_whether_file_page_or_rpc_discover(broker: Broker) -> None:
     assert await broker.call("rpc.discover") == DOCUMENT
     assert (await get(broker, "/openrpc.json")).json == DOCUMENT
-
-
-async def test_the_page_shows_the_counts_of_each_queue(broker: Broker) -> None:
-    await broker.call("create_queue", queue="orders")
-    for _ in range(5):
-        await broker.call("enqueue", queue="orders", body=1)
-    await broker.call("enqueue_batch", queue="orders", messages=[{"body": n, "delay": 100} for n in range(3)])
-    await broker.call("dequeue", queue="orders", max_messages=2)
-    page = await get(broker, "/")
-    assert page.headers["content-type"] == "text/html; charset=utf-8"
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    rows = {
-        name: re.findall(r"<td>(.*?)</td>", cells)
-        for name, cells in re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', page.body.decode())
-    }
-    assert rows["orders"][:4] == ["3", "3", "2", "8"]
-    assert rows["default"] == ["0", "0", "0", "0", ""]
-
-
-async def test_the_page_escapes_what_it_shows(broker: Broker, database_url: str) -> None:
-    """No call can create such a queue; the page does not rely on that."""
-    name = "<script>alert('x')</script>&\""
-    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
-        await connection.execute("ALTER TABLE broker.queues DROP CONSTRAINT queue_name_is_well_formed")
-        await connection.execute("INSERT INTO broker.queues (name) VALUES (%s)", [name])
-    page = (await get(broker, "/")).body.decode()
-    assert "<script" not in page
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&amp;&quot;" in page
-
-
-async def test_the_page_of_many_queues_shows_the_first_and_says_so(broker: Broker) -> None:
-    calls = [{"jsonrpc": "2.0", "id": n, "method": "create_queue", "params": {"queue": f"q{n:03}"}} for n in range(120)]
-    assert (await broker.post(json.dumps(calls).encode()))[0] == 200
-    page = (await get(broker, "/")).body.decode()
-    assert page.count('<th scope="row">') == 100
-    assert "list_queues" in page
 
 
 # Bodies keep their bytes

@@ -20,6 +20,7 @@ import asyncio
 import contextvars
 import inspect
 import logging
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ LONGEST_VISIBILITY_TIMEOUT = 43_200.0
 DEFAULT_LEASE_SECONDS = 30.0
 # At most once, a call that is broken off loses messages. So a stop waits until it is answered.
 LONGEST_WAIT_AT_MOST_ONCE = 5.0
-# What a broker says that has failed itself, so that it may be different later.
+LONGEST_PAUSE_TO_DELETE = 1.0
+# What a broker says that has failed itself.
 FAILED = -32603
 
 _log = logging.getLogger("broker.client")
@@ -202,10 +204,11 @@ class Consumer:
                 self._is_well()
                 return messages
             except BrokerError as error:
-                if self._gives_up_at is not None:  # Nobody has answered yet.
-                    is_final = not error.retryable or asyncio.get_running_loop().time() >= self._gives_up_at
+                # As long as nobody has answered it is not waited for longer than for any other call.
+                if self._gives_up_at is None:
+                    is_final = not _may_pass(error)
                 else:
-                    is_final = not (error.retryable or isinstance(error, ConnectionFailed) or error.code == FAILED)
+                    is_final = not error.retryable or asyncio.get_running_loop().time() >= self._gives_up_at
                 if is_final:
                     raise
                 self._is_in_trouble(error)
@@ -310,18 +313,21 @@ class Consumer:
 
     async def _delete_handled(self) -> None:
         """Delete what was handled, by as many calls as there are answers; whatever comes meanwhile shares the next."""
-        failures = 0
+        failures, clock, gives_up_at = 0, asyncio.get_running_loop().time, math.inf
         while True:
             if not self._handled:
                 self._has_work_to_delete.clear()
                 await self._has_work_to_delete.wait()
-            receipts, was_stopping = self._handled[:MOST_AT_ONCE], self._is_stopping
+            receipts = self._handled[:MOST_AT_ONCE]
             try:
-                results = await self._client.delete_batch(receipts)
+                results = await self._once.delete_batch(receipts)
             except BrokerError as error:
                 self._is_in_trouble(error)
-                if error.retryable and not was_stopping:
-                    await asyncio.sleep(pause_before(failures, retry_after_of(error)))
+                if self._is_stopping:
+                    gives_up_at = min(gives_up_at, clock() + self._client.deadline)
+                if _may_pass(error) and clock() < gives_up_at:
+                    # Soon: when the broker is back, others may be given what is not deleted and whose lease has ended.
+                    await asyncio.sleep(pause_before(failures, retry_after_of(error), LONGEST_PAUSE_TO_DELETE))
                     failures += 1
                     continue
                 _log.error("%s: %d handled messages come again: %s", self._queue, len(receipts), error)
@@ -355,6 +361,11 @@ class Consumer:
             seconds = asyncio.get_running_loop().time() - self._trouble_since
             self._trouble_since = None
             _log.warning("%s: the broker serves again, after %.1f s", self._queue, seconds)
+
+
+def _may_pass(error: BrokerError) -> bool:
+    """Whether it may be different later, with a broker that has worked before."""
+    return error.retryable or isinstance(error, ConnectionFailed) or error.code == FAILED
 
 
 def _is_coroutine_function(handler: Handler) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from broker.errors import BrokerError, QueueFull, QueueNotFound
 from broker.model import Lease, NewMessage
@@ -16,6 +17,7 @@ from broker.storage.leases import Extended
 from broker.storage.low_water import UNKNOWN, LowWater
 from broker.storage.publishing import PublishCall, Published
 from broker.storage.storing import EnqueueCall, Stored
+from broker.tally import DELETED, DELIVERED, ENQUEUED, RETURNED, Tally
 
 # One hand-out in so many takes fresh messages first, so that returned ones cannot starve a queue.
 FRESH_FIRST_EVERY = 8
@@ -25,7 +27,9 @@ REMEMBERED_TOPICS = 10_000
 BYTES_LIKE_ONE_MESSAGE = 4096
 
 ExtendCall = tuple[Sequence[Lease], float]
-Watch = Callable[[str, int], None]
+# One in so many statements that delete asks how old the leases were.
+AGES_EVERY = 16
+Watch = Callable[[str, int, float], None]
 
 
 class Calls:
@@ -33,7 +37,9 @@ class Calls:
 
     Of what was done for a caller who is gone, `undelivered` is told, with the queue, where it is messages that were
     leased, `stored` where it is messages that were stored, and `published` where it is one that was published. `watch`
-    is told, for every statement, of which kind it was and how many calls it carried.
+    is told, for every statement, of which kind it was, how many calls it carried and how many seconds it took, and
+    `watch_ages`, for some of those that delete, how many seconds old the leases were. What statements have done to
+    messages is added to the `tally`, whether or not anybody still waits for it.
     """
 
     def __init__(
@@ -44,9 +50,14 @@ class Calls:
         undelivered: Callable[[str, Delivery], None] = lambda queue, delivery: None,
         stored: Callable[[str, Stored], None] = lambda queue, result: None,
         published: Callable[[Published], None] = lambda result: None,
-        watch: Watch = lambda kind, calls: None,
+        watch: Watch = lambda kind, calls, seconds: None,
+        watch_ages: Callable[[Sequence[float]], None] = lambda ages: None,
+        tally: Tally | None = None,
     ) -> None:
         self.low_water = LowWater(database)
+        self._tally = Tally() if tally is None else tally
+        self._watch_ages = watch_ages
+        self._deletes = 0
         self._hand_outs: dict[str, int] = {}
         # How many copies the last message of a topic came to: so much larger is a call than the message alone.
         self._deliveries: dict[str, int] = {}
@@ -56,37 +67,49 @@ class Calls:
 
         self._enqueue: GroupCommit[EnqueueCall, Stored] = GroupCommit(
             database,
-            _enqueue,
+            self._store,
             max_calls=max_calls,
             abandon=lambda call, result: stored(call.queue, result),
-            watch=lambda calls: watch("enqueue", calls),
+            watch=partial(watch, "enqueue"),
         )
         self._publish: GroupCommit[PublishCall, Published] = GroupCommit(
             database,
-            publishing.publish,
+            self._copy,
             max_calls=max_calls,
             abandon=lambda call, result: published(result),
-            watch=lambda calls: watch("publish", calls),
+            watch=partial(watch, "publish"),
         )
         self._lease: GroupCommit[DequeueCall, Delivery] = GroupCommit(
             database,
             lambda connection, calls: self._hand_out(connection, calls, at_most_once=False),
             max_calls=max_calls,
             abandon=abandon,
-            watch=lambda calls: watch("dequeue", calls),
+            watch=partial(watch, "dequeue"),
         )
         self._remove: GroupCommit[DequeueCall, Delivery] = GroupCommit(
             database,
             lambda connection, calls: self._hand_out(connection, calls, at_most_once=True),
             max_calls=max_calls,
-            watch=lambda calls: watch("dequeue", calls),
+            watch=partial(watch, "dequeue"),
         )
         self._delete: GroupCommit[Sequence[Lease], list[bool | BrokerError]] = GroupCommit(
-            database, _delete, max_calls=max_calls, watch=lambda calls: watch("delete", calls)
+            database,
+            self._remove_leased,
+            max_calls=max_calls,
+            watch=partial(watch, "delete"),
         )
         self._extend: GroupCommit[ExtendCall, list[Extended | BrokerError]] = GroupCommit(
-            database, _extend, max_calls=max_calls, watch=lambda calls: watch("extend_visibility", calls)
+            database,
+            _extend,
+            max_calls=max_calls,
+            watch=partial(watch, "extend_visibility"),
         )
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for a statement to carry them."""
+        groups = (self._enqueue, self._publish, self._lease, self._remove, self._delete, self._extend)
+        return sum(group.waiting for group in groups)
 
     async def enqueue(self, queue: str, new: Sequence[NewMessage]) -> Stored:
         """Store messages in a queue, all or none.
@@ -125,6 +148,38 @@ class Calls:
     async def extend(self, held: Sequence[Lease], visibility_timeout: float) -> list[Extended | BrokerError]:
         """Let these leases end `visibility_timeout` seconds from now; 0 gives the messages back at once."""
         return await self._extend.call((held, visibility_timeout), line=held[0].queue_id, size=len(held))
+
+    async def _store(self, connection: Connection, calls: Sequence[EnqueueCall]) -> list[Stored | BrokerError | Again]:
+        results = await _enqueue(connection, calls)
+        for call, result in zip(calls, results, strict=True):
+            if isinstance(result, Stored):
+                self._tally.add(call.queue, ENQUEUED, len(result.ids) - len(result.duplicates))
+        return results
+
+    async def _copy(
+        self, connection: Connection, calls: Sequence[PublishCall]
+    ) -> list[Published | BrokerError | Again]:
+        results = await publishing.publish(connection, calls)
+        for result in results:
+            if isinstance(result, Published):
+                for news in result.news:
+                    self._tally.add(news.queue, ENQUEUED, news.messages)
+        return results
+
+    async def _remove_leased(
+        self, connection: Connection, calls: Sequence[Sequence[Lease]]
+    ) -> list[list[bool | BrokerError] | BrokerError | Again]:
+        held = [lease for each in calls for lease in each]
+        ages: list[float] | None = [] if self._deletes % AGES_EVERY == 0 else None
+        self._deletes += 1
+        deleted = await leases.delete(connection, held, ages)
+        if ages:
+            self._watch_ages(ages)
+        for lease, is_deleted in zip(held, deleted, strict=True):
+            if is_deleted is True:
+                self._tally.add(lease.queue_id, DELETED)
+        results = iter(deleted)
+        return [[next(results) for _ in each] for each in calls]
 
     async def _hand_out(
         self, connection: Connection, calls: Sequence[DequeueCall], *, at_most_once: bool
@@ -182,7 +237,20 @@ class Calls:
                 before,
                 {queue: (looked_from[queue], first) for queue, first in handed_out.first_ready.items()},
             )
+        self._count(handed_out, is_removed=at_most_once)
         return handed_out
+
+    def _count(self, handed_out: HandOut, *, is_removed: bool) -> None:
+        for queue, delivery in handed_out.deliveries.items():
+            if delivery.messages:
+                self._tally.add(queue, DELIVERED, len(delivery.messages))
+                if is_removed:
+                    self._tally.add(queue, DELETED, len(delivery.messages))
+        for queue, messages in handed_out.redelivered.items():
+            # The lease that ended first of them did so after the last sweep: none of them is counted yet.
+            ended_at = handed_out.first_ready[queue].returned
+            if ended_at is not None and ended_at > self._tally.swept_at:
+                self._tally.add(queue, RETURNED, messages)
 
     def _count_hand_out(self, queue: str) -> None:
         if len(self._hand_outs) >= REMEMBERED_HAND_OUTS:
@@ -203,13 +271,6 @@ async def _enqueue(connection: Connection, calls: Sequence[EnqueueCall]) -> list
         if isinstance(result, BrokerError):
             refused.add(call.queue)
     return results
-
-
-async def _delete(
-    connection: Connection, calls: Sequence[Sequence[Lease]]
-) -> list[list[bool | BrokerError] | BrokerError | Again]:
-    results = iter(await leases.delete(connection, [lease for held in calls for lease in held]))
-    return [[next(results) for _ in held] for held in calls]
 
 
 async def _extend(

@@ -489,6 +489,33 @@ UNION ALL
 """
 
 
+# No locks. The first entry of each lane: where that has expired and is not removed yet, the lane is passed over until
+# the next sweep, so that each takes one look and no more.
+_OLDEST = f"""
+SELECT max(extract(epoch FROM statement_timestamp() - oldest.visible_at))::float8
+FROM broker.queues q
+CROSS JOIN unnest(%(lanes)s::int[]) AS l (lane)
+CROSS JOIN LATERAL (
+    SELECT m.visible_at, {IS_ALIVE} AS is_alive
+    FROM broker.messages m
+    WHERE (m.queue_id * 4::bigint + m.lane) = q.id * 4::bigint + l.lane AND m.lane >= 0
+        AND m.visible_at <= statement_timestamp()
+    ORDER BY m.visible_at, m.id
+    LIMIT 1
+) AS oldest
+WHERE q.deleted_at IS NULL AND q.name > %(after)s AND oldest.is_alive
+"""
+
+
+async def oldest_ready_age_after(connection: Connection, name: str) -> float | None:
+    """Return for how many seconds a message has been ready in one of the queues whose names come after this one.
+
+    None where none is. A queue whose oldest message has expired, and is not removed yet, is passed over.
+    """
+    row = await (await connection.execute(_OLDEST, {"after": name, "lanes": [FRESH, RETURNED]})).fetchone()
+    return None if row is None else row[0]
+
+
 async def count_all(connection: Connection) -> Counted:
     """Return what lies in all queues together."""
     rows = await (await connection.execute(_SAMPLE_ALL)).fetchall()

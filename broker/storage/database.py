@@ -178,6 +178,17 @@ class Database:
             except (PoolClosed, TooManyRequests):
                 return
 
+    def pool_use(self) -> tuple[int, int]:
+        """Return how many connections the pool has, and how many of them are in use."""
+        stats = self._pool.get_stats()
+        size = stats.get("pool_size", 0)
+        return size, size - stats.get("pool_available", 0)
+
+    @property
+    def waiting(self) -> int:
+        """How many calls have no connection yet."""
+        return max(0, len(self._under_way) - self.pool_use()[1])
+
     async def connect(self) -> Connection:
         """Return a connection of its own, for a service; the caller closes it."""
         connection = await sessions.connect(self._conninfo)
@@ -289,7 +300,9 @@ class Database:
 
     def too_many_calls(self) -> Overloaded:
         """Return the error for a call that comes when too many wait."""
-        return Overloaded(limit=self.max_calls, what="calls waiting for the database", retry_after=1)
+        return Overloaded(
+            limit=self.max_calls, what="calls waiting for the database", retry_after=1, counted_as="calls"
+        )
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         del self._under_way[task]

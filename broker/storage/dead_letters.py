@@ -109,12 +109,13 @@ GROUP BY fate, name, target
 class Settled:
     """What became of messages whose time in their queue was over: how many, by the queue that they are in now.
 
-    `dropped` by the queue that they were in.
+    `dropped` by the queue that they were in, and `dead`, those that were moved or dropped, as well.
     """
 
     moved: Mapping[str, int] = field(default_factory=dict)
     returned: Mapping[str, int] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
+    dead: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def messages(self) -> int:
@@ -176,11 +177,15 @@ async def settle_ended(connection: Connection, batch: int) -> Settled:
 
 
 async def _settle(connection: Connection, statement: str, batch: int) -> Settled:
-    found: dict[str, Counter[str]] = {"moved": Counter(), "returned": Counter(), "dropped": Counter()}
+    found: dict[str, Counter[str]] = {
+        "moved": Counter(), "returned": Counter(), "dropped": Counter(), "dead": Counter()
+    }  # fmt: skip
     cursor = await connection.execute(statement, {"batch": batch})
     for fate, queue, target, messages in await cursor.fetchall():
         if fate in found:
             found[fate][target if fate == "moved" else queue] += messages
+        if fate in ("moved", "dropped"):
+            found["dead"][queue] += messages
     return Settled(**found)
 
 
@@ -244,7 +249,8 @@ FROM broker.queues q
 WHERE q.name = %(queue)s AND q.deleted_at IS NULL
 """
 
-# Dead letters that nobody holds, and that have somewhere to go.
+# Dead letters that nobody holds, and that have somewhere to go: a queue of a subscription that has ended is none,
+# because what lies there becomes a dead letter again.
 _REDRIVEN = """
     FROM broker.messages m
     CROSS JOIN LATERAL (
@@ -252,6 +258,7 @@ _REDRIVEN = """
         FROM broker.queues q
         WHERE q.name = coalesce(%(to)s::text, m.dead_letter ->> 'source_queue') AND q.deleted_at IS NULL
             AND q.id <> m.queue_id
+            AND NOT EXISTS (SELECT FROM broker.subscriptions s WHERE s.queue_id = q.id AND s.state = 'ended')
             AND (%(like)s::text[] IS NULL OR q.name LIKE ANY (%(like)s::text[]))
     ) AS t
     WHERE m.queue_id = %(queue_id)s::int AND m.id > %(after)s::bigint AND m.id <= %(newest)s::bigint
@@ -310,8 +317,9 @@ async def redrive(
     """Move the dead letters of a queue to another one (None: each to where it came from), oldest first.
 
     Only to queues that are `like` one of these patterns of LIKE, where there are any. Those that somebody holds stay,
-    and those whose queue is no more. Works in transactions of 1,000 until it is done, has moved `max_messages`, or its
-    time is over. Raises QueueNotFound, and InvalidParams where `to` is the queue.
+    and those whose queue is no more, or is one of a subscription that has ended. Works in
+    transactions of 1,000 until it is done, has moved `max_messages`, or its time is over. Raises QueueNotFound, and
+    InvalidParams where `to` is the queue.
     """
     if to == queue:
         raise InvalidParams(reason="`to` must be another queue than `queue`.", param="to", given=to)

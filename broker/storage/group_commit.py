@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
-from broker.errors import BrokerError, InternalError, Overloaded
+from broker.errors import BrokerError, InternalError
 from broker.storage import outcomes
 from broker.storage.database import Connection, Database
 from broker.storage.outcomes import LockedRows
@@ -94,7 +95,7 @@ class GroupCommit(Generic[C, R]):
         *,
         max_calls: int,
         abandon: Callable[[C, R], None] = lambda call, result: None,
-        watch: Callable[[int], None] = lambda calls: None,
+        watch: Callable[[int, float], None] = lambda calls, seconds: None,
     ) -> None:
         self._database = database
         self._statement = statement
@@ -112,6 +113,11 @@ class GroupCommit(Generic[C, R]):
         self._patience = asyncio.Semaphore(PATIENT_CALLS)
         self._tasks: set[asyncio.Task[None]] = set()
         database.breaker.opened.append(self._refuse_waiting)
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for a statement to carry them."""
+        return self._waiting
 
     async def call(self, call: C, *, line: Hashable, size: int = 1, options: Hashable = None) -> R:
         """Carry out one call with whatever others there are; return its result or raise its error.
@@ -144,7 +150,7 @@ class GroupCommit(Generic[C, R]):
 
     def _make_room(self, line: Hashable) -> None:
         """Refuse the newest call of the longest line. Raises Overloaded where that is the one that is coming."""
-        refusal = Overloaded(limit=self._max_calls, what="calls waiting for the database", retry_after=1)
+        refusal = self._database.too_many_calls()
         own = len(self._lines.get(line, ()))
         if own * len(self._lines) >= self._max_calls:
             raise refusal  # more than its share; no need to look at the others
@@ -239,12 +245,17 @@ class GroupCommit(Generic[C, R]):
     async def _carry_out(self, batch: list[_Pending[C, R]], *, is_patient: bool = False) -> None:
         """Run one statement and answer its calls; those that cannot share one are run apart."""
         sent: list[_Pending[C, R]] = []
+        seconds = 0.0
 
         async def operation(connection: Connection) -> Sequence[R | BrokerError | Again]:
+            nonlocal seconds
             sent[:] = [pending for pending in batch if not pending.future.done()]
             for pending in sent:
                 pending.is_sent = True
-            return await self._statement(connection, [pending.call for pending in sent]) if sent else ()
+            began_at = time.perf_counter()
+            results = await self._statement(connection, [pending.call for pending in sent]) if sent else ()
+            seconds = time.perf_counter() - began_at
+            return results
 
         try:
             results = await self._database.write(operation, is_patient=is_patient)
@@ -272,7 +283,7 @@ class GroupCommit(Generic[C, R]):
             log.exception("statement failed request_id=%s", failure.extra["request_id"])
             self._fail(batch, failure)
             return
-        self._watch(len(sent))
+        self._watch(len(sent), seconds)
         again = [pending for pending, result in zip(sent, results, strict=True) if not self._settle(pending, result)]
         if again:
             await self._apart(again)

@@ -235,12 +235,14 @@ class Delivery(msgspec.Struct, frozen=True):
 class HandOut:
     """What one statement handed out by queue (those that do not exist are missing), and what it saw of the lanes.
 
-    `view` is None, and `first_ready` empty, where no queue exists.
+    `view` is None, and `first_ready` empty, where no queue exists. `redelivered` is how many of a queue's messages had
+    been delivered before; it is missing where none had.
     """
 
     deliveries: dict[str, Delivery]
     view: View | None
     first_ready: dict[str, Floors]
+    redelivered: dict[str, int]
 
 
 async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_once: bool = False) -> HandOut:
@@ -260,7 +262,7 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
     if not at_most_once:
         params["tokens"] = random_uuids(sum(each.max_messages for each in wanted))
     cursor = await connection.execute(_REMOVE if at_most_once else _LEASE, params, binary=True)
-    handed_out = HandOut({}, None, {})
+    handed_out = HandOut({}, None, {}, {})
     view = None
     by_number: dict[int, tuple[_Look, Delivery, str, Any]] = {}
     times: dict[bytes | None, Any] = {None: None}
@@ -283,6 +285,8 @@ async def hand_out(connection: Connection, wanted: Sequence[Wanted], *, at_most_
             if time not in times:
                 times[time] = timestamp(moment_of(time))
         look, delivery, queue, visible_at = by_number[n]
+        if receive_count > 1:
+            handed_out.redelivered[queue] = handed_out.redelivered.get(queue, 0) + 1
         receipt = None
         if token is not None:
             lease = Lease(look.queue_id, number, token)

@@ -15,6 +15,7 @@ from psycopg import sql
 
 from broker.errors import BrokerError, InvalidParams, QueueExists, QueueInUse, QueueNotFound
 from broker.model import Queue, number, timestamp
+from broker.storage import statistics
 from broker.storage.database import Connection, Database, confirm, time_left
 
 # Messages that one transaction of a purge removes: some hundred milliseconds on a slow disk.
@@ -218,31 +219,65 @@ async def get(connection: Connection, queue: str) -> Queue:
 
 
 # The names of a prefix are a range of the index: COLLATE "C" orders them by their bytes.
-_LIST = f"""
+def _list(more: str = "") -> str:
+    return f"""
 SELECT {_SHOWN}
 FROM broker.queues q
 WHERE q.deleted_at IS NULL
     AND q.name > %(after)s
     AND starts_with(q.name, %(prefix)s)
     AND q.name >= %(prefix)s
-    AND (%(like)s::text[] IS NULL OR q.name LIKE ANY (%(like)s::text[]))
+    AND (%(like)s::text[] IS NULL OR q.name LIKE ANY (%(like)s::text[])){more}
 ORDER BY q.name
 LIMIT %(limit)s
 """
 
 
+_LIST = _list()
+
+# The targets first, from the index of those who name them: to look for each queue whether somebody names it takes a
+# look into that index for every queue that there is.
+_LIST_DEAD_LETTER_QUEUES = _list(
+    """
+    AND q.id = ANY (ARRAY(
+        SELECT DISTINCT o.dead_letter_queue_id
+        FROM broker.queues o
+        WHERE o.deleted_at IS NULL AND o.dead_letter_queue_id IS NOT NULL
+    ))"""
+)
+
+
 async def list_by_name(
-    connection: Connection, prefix: str, limit: int, after: str | None, *, like: Sequence[str] | None = None
+    connection: Connection,
+    prefix: str,
+    limit: int,
+    after: str | None,
+    *,
+    like: Sequence[str] | None = None,
+    are_targets: bool = False,
 ) -> tuple[list[Queue], str | None]:
     """Return a page of queues, and the name to continue after, None on the last page.
 
-    Only those that are `like` one of these patterns of LIKE, where there are any.
+    Only those that are `like` one of these patterns of LIKE, where there are any, and, with `are_targets`, that
+    another queue has as its dead_letter_queue.
     """
     params = {"prefix": prefix, "limit": limit + 1, "after": after or "", "like": like}
-    cursor = await connection.execute(_LIST, params)
+    cursor = await connection.execute(_LIST_DEAD_LETTER_QUEUES if are_targets else _LIST, params)
     queues = [_queue(row) for row in await cursor.fetchall()]
     page = queues[:limit]
     return page, page[-1].queue if len(queues) > limit else None
+
+
+_COUNT = """
+SELECT count(*) FROM broker.queues WHERE deleted_at IS NULL
+"""
+
+
+async def count(connection: Connection) -> int:
+    """Return how many queues there are."""
+    row = await (await connection.execute(_COUNT)).fetchone()
+    assert row is not None, "an aggregate returns one row"
+    return int(row[0])
 
 
 _NAMES = """
@@ -424,3 +459,4 @@ async def delete_rows(connection: Connection, ids: Sequence[int]) -> None:
             reason = f"the subscription {sender} of the topic {topic} sends to it; unsubscribe that first"
         raise QueueInUse(queue=queue, reason=reason)
     await connection.execute(_DELETE, {"ids": ids})
+    await statistics.forget_queues(connection, ids)

@@ -115,7 +115,9 @@ async def subscribe(
         existing = await _first_row(connection, _EXISTING, topic_id=topic_id, name=name)
         if existing is None:
             if count >= MAX_SUBSCRIPTIONS:
-                raise Overloaded(limit=MAX_SUBSCRIPTIONS, what="subscriptions of a topic", retry_after=60)
+                raise Overloaded(
+                    limit=MAX_SUBSCRIPTIONS, what="subscriptions of a topic", retry_after=60, counted_as="subscriptions"
+                )
             if url is not None:
                 queue = await _create_queue(connection, topic, name, named)
             params = {"topic_id": topic_id, "name": name, "queue": queue, "url": url}
@@ -153,7 +155,9 @@ async def _create_queue(connection: Connection, topic: str, name: str, attribute
         queue = wished if number == 1 else f"{wished[: MAX_NAME - 6]}.{number}"
         if await queues.create_row(connection, queue, {**QUEUE_OF_A_URL, **attributes}) is not None:
             return queue
-    raise Overloaded(limit=MAX_SUBSCRIPTIONS, what=f"queues called {wished}", retry_after=60)
+    raise Overloaded(
+        limit=MAX_SUBSCRIPTIONS, what=f"queues called {wished}", retry_after=60, counted_as="subscriptions"
+    )
 
 
 _LIST = f"""
@@ -300,7 +304,9 @@ async def rotate_secret(connection: Connection, subscription_id: str) -> bytes:
                 given=subscription_id,
             )
         if secrets >= MAX_SECRETS:
-            raise Overloaded(limit=MAX_SECRETS, what="secrets that count at one time", retry_after=3600)
+            raise Overloaded(
+                limit=MAX_SECRETS, what="secrets that count at one time", retry_after=3600, counted_as="secrets"
+            )
         await connection.execute(_FORGET_SECRETS, params)
         await connection.execute(_RETIRE_SECRETS, params)
         await connection.execute(_NEW_SECRET_ROW, {**params, "secret": secret})

@@ -7,11 +7,15 @@ are invisible and ended leases are ready whether or not anything was swept.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import NamedTuple
 
 from broker.storage.database import Connection
 from broker.storage.queues import purge_batch
 from broker.storage.storing import COUNTED_MAX_MESSAGES
+
+# Before the name of a topic, where names of queues stand: no queue has a name like that.
+OF_TOPIC = "topic "
 
 # No locks. Most sweeps find nothing to do, and one look is cheaper than a statement for each chore.
 _CHORES = """
@@ -40,12 +44,13 @@ SELECT
         WHERE s.state = 'ended'
     ),
     EXISTS (SELECT FROM broker.queue_sizes)
-        OR EXISTS (SELECT FROM broker.queues WHERE max_messages > %(counted_max_messages)s)
+        OR EXISTS (SELECT FROM broker.queues WHERE max_messages > %(counted_max_messages)s),
+    statement_timestamp()
 """
 
 
 class Chores(NamedTuple):
-    """What there may be to do."""
+    """What there may be to do, and when that was looked at, on the database's clock."""
 
     expired: bool
     exhausted: bool
@@ -54,6 +59,7 @@ class Chores(NamedTuple):
     deleted_queues: bool
     ended_subscriptions: bool
     sizes: bool
+    at: datetime
 
 
 async def chores(connection: Connection) -> Chores:
@@ -83,17 +89,20 @@ removed AS (
     WHERE m.queue_id = ANY (ARRAY[e.queue_id]) AND m.id = e.id
     RETURNING m.queue_id
 )
-SELECT coalesce(q.name, t.name, ''), count(*)
+SELECT coalesce(q.name, %(of_topic)s || t.name, ''), count(*)
 FROM removed r
-LEFT JOIN broker.queues q ON q.id = r.queue_id
+LEFT JOIN broker.queues q ON q.id = r.queue_id AND q.deleted_at IS NULL
 LEFT JOIN broker.topics t ON t.id = r.queue_id
 GROUP BY 1
 """
 
 
 async def remove_expired(connection: Connection, batch: int) -> dict[str, int]:
-    """Remove up to `batch` messages that have expired and are held by nobody; return how many a queue, or a topic."""
-    cursor = await connection.execute(_REMOVE_EXPIRED, {"batch": batch})
+    """Remove up to `batch` messages that have expired and are held by nobody; return how many of each queue.
+
+    What a topic had stored stands under its name after `OF_TOPIC`, and what a deleted queue had under no name.
+    """
+    cursor = await connection.execute(_REMOVE_EXPIRED, {"batch": batch, "of_topic": OF_TOPIC})
     return dict(await cursor.fetchall())
 
 

@@ -1,0 +1,159 @@
+"""The cells about what is refused: what tokens cost, and what clients that mean harm do to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from urllib.parse import urlsplit
+
+import psycopg
+
+from benchmarks.bench import MAX_MESSAGE_BYTES, Bench, create_queue, processes
+from benchmarks.caller import Caller, SetTimes
+from benchmarks.cells import RATE, SMALL, Plan, rounds
+from benchmarks.hostile import Hostile, corpus
+from benchmarks.load import work, wrk
+from benchmarks.processes import ROOT, Server, running
+from benchmarks.results import US, Cell, Check, Sample
+from broker.storage import tokens
+from broker.storage.tokens import Grant
+
+SLOW_CLIENTS = 1_000
+# Calls a second, of those who mean well, whose latency is taken.
+STEADY_RATE = 200
+MOST_MILLISECONDS = 50.0
+
+
+def make_token(conninfo: str) -> str:
+    """Return a token that permits everything in a broker's database."""
+
+    async def make() -> str:
+        async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as connection:
+            return await tokens.create(connection, "bench", Grant(["*"], ["*"], ["*"], admin=True), None)
+
+    return asyncio.run(make())
+
+
+def tokens_on(bench: Bench, cell: Cell) -> None:
+    """64 connections enqueue, and let messages live, where tokens are asked for and where they are not."""
+    case_of = {"enqueue": "single enqueue", "life": "whole life"}
+    with (
+        bench.broker("--auth", "off") as off,
+        bench.broker("--auth", "required", "--max-call-rate-per-token", "1000000") as on,
+    ):
+        token = make_token(on.conninfo)
+        bench.warm_up(off)
+        for script, case in case_of.items():
+            for round_ in rounds(bench):
+                for who, broker in (("tokens off", off), ("tokens on", on)):
+                    queue = f"{script}-{round_}"
+                    with Caller(broker.url, token if broker is on else None) as caller:
+                        caller.call("create_queue", queue=queue, max_message_bytes=MAX_MESSAGE_BYTES)
+                    more = {"token": token} if broker is on else {}
+                    load = partial(
+                        wrk, script, broker.url, 64, bench.options.seconds,
+                        queue=queue, queues=1, batch=1, bodies=bench.bodies(SMALL), **more,
+                    )  # fmt: skip
+                    bench.measure(cell, case, who, round_, load, processes(broker, bench.cluster, who))
+            ratio = cell.ratio(RATE, (case, "tokens on"), (case, "tokens off"))
+            cell.checks.append(Check(f"rate with tokens ÷ without, {case}", ratio, "×", at_least=0.95))
+
+
+@contextmanager
+def slow_clients(bench: Bench, broker: Server, number: int) -> Iterator[None]:
+    """Let clients hold connections that hardly say anything."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.slow_clients", broker.url, str(number)]
+    with (
+        open(bench.new_log(), "wb") as said,
+        running(command, environ, stdout=subprocess.PIPE, stderr=said.fileno()) as process,
+    ):
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise RuntimeError("the slow clients could not connect")
+        yield
+
+
+def slow_connections(bench: Bench, cell: Cell) -> None:
+    """Messages are sent and taken at a steady rate, beside 1,000 connections that hardly say anything, and alone."""
+    number = SLOW_CLIENTS if not bench.options.smoke else 100
+    case, beside = f"{STEADY_RATE} messages/s", f"beside {number:,} slow connections"
+    seconds = max(bench.options.seconds, 10.0) if not bench.options.smoke else 1.0
+    with bench.broker() as broker:
+        bench.warm_up(broker)
+        for round_ in rounds(bench):
+            for who in ("alone", beside):
+                queue = create_queue(broker, f"steady-{len(cell.samples)}")
+                worker = SetTimes(broker.url, queue, STEADY_RATE, seconds, producers=8, consumers=8)
+                with slow_clients(bench, broker, number) if who == beside else nullcontext():
+                    sample = bench.measure(
+                        cell, case, who, round_, partial(work, [worker]), processes(broker, bench.cluster)
+                    )
+                del sample.figures[RATE]  # the load sets it
+    ratio = cell.ratio("p99_ms", (case, beside), (case, "alone"))
+    cell.checks.append(Check("p99 beside slow connections ÷ alone", ratio, "×", at_most=2.0))
+    cell.notes.append("a third each say nothing, a byte of a head each second, a byte of a body each second")
+
+
+def ask(url: str, token: str, hostile: Hostile) -> tuple[float, int, int | None]:
+    """Send a hostile body; return the milliseconds to its answer, the status, and the code of the error."""
+    parts = urlsplit(url)
+    fields = {
+        "Host": parts.netloc,
+        "Content-Type": "application/json",
+        "Content-Length": str(len(hostile.body)),
+        "Authorization": f"Bearer {token}",
+        "Connection": "close",
+        **dict(hostile.headers),
+    }
+    head = "POST /rpc HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
+    assert parts.hostname is not None
+    answer = b""
+    with socket.create_connection((parts.hostname, parts.port or 80), timeout=60) as connection:
+        began_at = time.perf_counter()
+        connection.sendall(head.encode() + hostile.body)
+        while more := connection.recv(65_536):
+            answer += more
+    milliseconds = (time.perf_counter() - began_at) * 1000
+    code = re.search(rb'"code":\s*(-?\d+)', answer)
+    return milliseconds, int(answer[9:12]), int(code[1]) if code else None
+
+
+def hostile_bodies(bench: Bench, cell: Cell) -> None:
+    """Every body of the hostile corpus is sent, beside a small call that is sent just before; tokens are on."""
+    times = 1 if bench.options.smoke else 7
+    slowest: dict[str, float] = {}
+    with bench.broker("--auth", "required") as broker:
+        token = make_token(broker.conninfo)
+        small = Hostile("a small call", b'{"jsonrpc":"2.0","id":1,"method":"list_queues"}', None)
+        smalls = []
+        for hostile in corpus():
+            taken = []
+            for _ in range(times):
+                smalls.append(ask(broker.url, token, small)[0])
+                milliseconds, status, code = ask(broker.url, token, hostile)
+                taken.append(milliseconds)
+                if (status, code) != (hostile.status, hostile.code):
+                    raise RuntimeError(f"{hostile.name} was answered {status} {code}")
+            slowest[hostile.name] = statistics.median(taken)
+            cell.samples.append(Sample(hostile.name, US, 1, {"p50_ms": slowest[hostile.name]}))
+            bench.progress(f"{cell.name}: {hostile.name}: {slowest[hostile.name]:.1f} ms")
+    worst = max(slowest, key=lambda name: slowest[name])
+    cell.checks.append(Check("the slowest answer", slowest[worst], "ms", at_most=MOST_MILLISECONDS))
+    cell.notes.append(f"the slowest is {worst}; a small call beside them takes {statistics.median(smalls):.1f} ms")
+
+
+DEFENCE_PLANS = (
+    Plan("tokens", "single calls where tokens are asked for, and where they are not, 64 connections", tokens_on),
+    Plan("slow-connections", "a steady rate beside 1,000 connections that hardly say anything", slow_connections),
+    Plan("hostile-bodies", "answers to bodies that are made to cost much, tokens on", hostile_bodies),
+)

@@ -1,0 +1,66 @@
+"""Bodies of requests: read whole, within limits of bytes and of time.
+
+Handlers read them with `read_body`, nothing else, because only that sends the "100 Continue" some clients wait for.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from aiohttp import web
+
+EXPECTS_CONTINUE = web.RequestKey("expects_continue", bool)
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """How much time, in seconds, and how many bytes a client gets."""
+
+    header_timeout: float = 15.0
+    body_timeout: float = 60.0
+    body_stall_timeout: float = 15.0
+    keepalive_timeout: float = 75.0
+    max_body_bytes: int = 8 * 2**20
+    max_connections: int = 10_000
+    lingering_time: float = 10.0
+    max_lingering_bytes: int = 64 * 2**20
+
+
+class BodyTooLarge(Exception):
+    """The request's body is over the limit; send less in one request."""
+
+
+class BodyTooSlow(Exception):
+    """The request's body did not arrive in time; send it again."""
+
+
+async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
+    """Read the whole body, and ask for it where the client waits for that.
+
+    A handler may let both errors pass: the connection then answers 413 or 408.
+
+    Raises BodyTooLarge (by Content-Length before a byte is read) and BodyTooSlow.
+    """
+    if (request.content_length or 0) > limits.max_body_bytes:
+        raise BodyTooLarge
+    payload = request.content
+    if payload.is_eof():  # Small requests arrive whole: no timer for them.
+        if payload.total_bytes > limits.max_body_bytes:
+            raise BodyTooLarge
+        return payload.read_nowait()
+    if request.get(EXPECTS_CONTINUE):
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # The answer itself has not begun.
+    body = bytearray()  # Not a list: a client may send chunks of one byte.
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limits.body_timeout
+    while True:
+        try:
+            async with asyncio.timeout_at(min(deadline, loop.time() + limits.body_stall_timeout)):
+                chunk = await payload.readany()
+        except TimeoutError:
+            raise BodyTooSlow from None
+        if not chunk:
+            return bytes(body)
+        body += chunk
+        if len(body) > limits.max_body_bytes:
+            raise BodyTooLarge
