@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 from opentelemetry import trace
@@ -147,6 +148,12 @@ def test_two_traces_are_not_mixed() -> None:
         assert headers_with_trace(None) == {**own, "tracestate": "c=d"}
         assert headers_with_trace({"traceparent": GIVEN}) == {"traceparent": GIVEN}
         assert headers_with_trace({"tracestate": "a=b"}) == {**own, "tracestate": "a=b"}
+
+
+def test_what_are_no_headers_is_left_for_the_broker_to_refuse() -> None:
+    wrong: Any = 5
+    with trace.get_tracer("test").start_as_current_span("producing"):
+        assert headers_with_trace(wrong) == 5
 
 
 async def test_without_a_span_nothing_is_added(client: Client, queue: str, spans: InMemorySpanExporter) -> None:

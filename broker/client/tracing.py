@@ -20,8 +20,8 @@ _MOST_HEADERS, _MOST_HEADER_BYTES = 64, 4096
 
 def headers_with_trace(headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
     """Return headers with the current span's context, where there is one and room for it; None for no headers."""
-    if "opentelemetry.trace" not in sys.modules:
-        return headers
+    if "opentelemetry.trace" not in sys.modules or not isinstance(headers, Mapping | None):
+        return headers  # What are no headers the broker refuses, and not this.
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     given = {} if headers is None else dict(headers)
