@@ -95,7 +95,7 @@ function Header({ route, caller, leave, poll }) {
         <${Liveness} poll=${poll} />
         <${ThemeButton} />
         ${hasToken() && caller?.auth_required && html`<span class="who" title="The name of your token">${caller.name}</span>`}
-        ${hasToken() && html`<button type="button" onClick=${leave}>Sign out</button>`}
+        ${hasToken() && !poll.needsToken && html`<button type="button" onClick=${leave}>Sign out</button>`}
       </div>
     </div>
   </header>`;

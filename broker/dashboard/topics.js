@@ -22,7 +22,7 @@ const TOPIC_COLUMNS = [
   { name: "Delivery" },
   { name: "Subscriptions", isNumber: true },
   { name: "Stored messages", isNumber: true },
-  { name: "Created" },
+  { name: "Created", isWide: true },
 ];
 
 export function Topics({ route, answers }) {
@@ -58,7 +58,7 @@ function TopicPager({ params, next }) {
   return html`<${Pager} previous=${params.topics_after ? at("") : null} next=${next ? at(next) : null} what="topics" />`;
 }
 
-const COLUMNS = [{ name: "Subscription" }, { name: "Topic" }, { name: "State" }, { name: "Goes to" }, { name: "Filter" }];
+const COLUMNS = [{ name: "Subscription" }, { name: "Topic" }, { name: "State" }, { name: "Goes to", isWide: true }, { name: "Filter", isWide: true }];
 
 const STATES = {
   active: ["good", "Gets what is published"],
