@@ -46,8 +46,10 @@ export function Topics({ route, answers }) {
     ${topics && !page && html`<${Refusal} error=${topics} />`}
     <${Table} caption="Topics by name" columns=${TOPIC_COLUMNS} rows=${rows} empty=${page ? "There is no topic that you may see." : "Asking the broker …"} />
     ${!name && html`<${TopicPager} params=${params} next=${page?.next} />`}
-    <h2>${name ? "Its subscriptions" : "Subscriptions"}</h2>
-    <${Subscriptions} answer=${subscriptions} route=${route} />
+    <section class="list" aria-labelledby="subscriptions-title">
+      <h2 id="subscriptions-title">${name ? "Its subscriptions" : "Subscriptions"}</h2>
+      <${Subscriptions} answer=${subscriptions} route=${route} />
+    </section>
   </div>`;
 }
 
