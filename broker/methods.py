@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from broker import __version__
@@ -48,15 +47,13 @@ from broker.storage import (
 from broker.storage.calls import Calls
 from broker.storage.database import Database
 from broker.storage.notifications import News
-from broker.storage.publishing import MAX_MESSAGE_BYTES, Published
+from broker.storage.publishing import Published
 from broker.storage.storing import Stored
 from broker.storage.tokens import Grant
 from broker.tally import DELETED, ENQUEUED, Tally
+from broker.texts import TOO_LARGE, header_text, json_text, new_message, too_large
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
-MAX_HEADER_BYTES = 4096
-# Stands for a body that no queue takes, so that the database says so without having to be sent it.
-TOO_LARGE = " " * (MAX_MESSAGE_BYTES + 1)
 # More consumers than can wait.
 EVERYBODY = 2**31
 # Methods whose name is no Python name.
@@ -482,45 +479,6 @@ def sender_of(call: Call, sender: str | None) -> str | None:
 def may_manage(call: Call) -> list[str] | None:
     """Return the patterns of names that a caller may manage, None where he may manage all."""
     return None if call.caller is None else call.caller.like("manage")
-
-
-def new_message(
-    body: Raw,
-    headers: dict[str, str],
-    sender: str | None,
-    delay: float | None,
-    ttl: float | None,
-    idempotency_key: str | None = None,
-    where: str = "headers",
-) -> NewMessage:
-    """Return what is stored for a message as a client sent it. Raises InvalidParams."""
-    return NewMessage(json_text(body), header_text(headers, where), sender, delay, ttl, idempotency_key)
-
-
-def json_text(body: Raw) -> str:
-    """Return a body's text, as it was sent; in place of one that no queue takes another one that none takes."""
-    text = bytes(body)
-    return text.decode() if len(text) <= MAX_MESSAGE_BYTES else TOO_LARGE
-
-
-def too_large(error: MessageTooLarge, body: Raw) -> MessageTooLarge:
-    """Return the error for a body that is larger than the text that was refused in its place."""
-    return MessageTooLarge(index=error.index, **error.extra | {"given": len(bytes(body))})
-
-
-def header_text(headers: dict[str, str], where: str = "headers") -> str | None:
-    """Return headers as JSON, None where there are none. Raises InvalidParams, naming `where`, over 4 KiB."""
-    if not headers:
-        return None
-    size = sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
-    if size > MAX_HEADER_BYTES:
-        raise InvalidParams(
-            reason=f"`{where}` may have {MAX_HEADER_BYTES} bytes in all, and {size} were given.",
-            param=where,
-            limit=MAX_HEADER_BYTES,
-            given=size,
-        )
-    return msgspec.json.encode(headers).decode()
 
 
 def _cursor_number(after: str | None) -> int:

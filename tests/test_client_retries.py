@@ -61,6 +61,7 @@ CALLS: dict[str, tuple[Callable[[Client], Awaitable[Any]], bytes]] = {
     ),
     "extend_visibility_batch": (lambda client: client.extend_visibility_batch(["r"], 5), result({"results": []})),
     "dequeue": (lambda client: client.dequeue("q"), DELIVERED),
+    "dequeue that waits": (lambda client: client.dequeue("q", wait=20), DELIVERED),
     "get_queue": (lambda client: client.get_queue("q"), result({})),
     "count_messages": (lambda client: client.count_messages("q"), result({})),
     "create_queue": (lambda client: client.create_queue("q"), result({})),
@@ -313,7 +314,7 @@ async def test_who_asks_for_more_time_than_there_is_is_not_waited_for() -> None:
 async def test_a_deadline_is_kept_where_nobody_answers() -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
-        async with Client(url, deadline=0.5) as client, asyncio.timeout(PATIENCE):
+        async with Client(url, deadline=0.5, attempt_timeout=600) as client, asyncio.timeout(PATIENCE):
             began_at = time.monotonic()
             failure = await failure_of(client.enqueue("q", 1))
 

@@ -33,6 +33,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from psycopg.conninfo import conninfo_to_dict
 
 from broker import __version__
 from broker.settings import settings_table
@@ -410,15 +411,16 @@ def environment(service: str) -> dict[str, str]:
 def test_the_compose_file_has_a_database_two_brokers_two_producers_and_two_consumers() -> None:
     assert len(BROKERS) == 2
     assert [name[:8] for name in WORKERS] == ["producer"] * 2 + ["consumer"] * 2
-    assert set(SERVICES) == {"postgres", *BROKERS, *WORKERS}
+    assert set(SERVICES) == {"certificates", "postgres", "migrate", *BROKERS, *WORKERS}
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_what_a_service_names_exists(name: str) -> None:
     service = SERVICES[name]
     for other, about in service.get("depends_on", {}).items():
-        assert about["condition"] == "service_healthy"
-        assert other == "postgres" or other in BROKERS
+        once = other in ("certificates", "migrate")
+        assert about["condition"] == ("service_completed_successfully" if once else "service_healthy")
+        assert once or other == "postgres" or other in BROKERS
     for volume in service.get("volumes", []):
         source = volume.split(":")[0]
         assert (DOCKER / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
@@ -434,12 +436,28 @@ def test_the_variables_of_image_and_services_are_settings() -> None:
     settings = {about.variable for _, about, _ in settings_table()}
     written = " ".join(rest for name, rest in instructions((DOCKER / "Dockerfile").read_text("utf-8")) if name == "ENV")
     assert set(re.findall(r"(?:BROKER_|DATABASE_)\w+", written)) <= settings
-    for name in BROKERS:
+    for name in ("migrate", *BROKERS):
         assert environment(name).keys() <= settings | OF_LIBPQ
     for name in WORKERS:
         assert environment(name).keys() <= OF_CLIENTS
         example = (ROOT / "examples" / Path(SERVICES[name]["entrypoint"][1]).name).read_text("utf-8")
         assert all(f'"{variable}"' in example for variable in environment(name))
+
+
+def test_the_services_talk_to_the_database_by_roles_of_their_own_and_check_who_it_is() -> None:
+    """tests/faults/test_database_roles.py runs the scripts, and a broker, with a PostgreSQL that is set up so."""
+    urls = {name: conninfo_to_dict(environment(name)["DATABASE_URL"]) for name in ("migrate", *BROKERS)}
+    assert {url["user"] for url in urls.values()} == {"wonderq_owner", "wonderq_runtime"}
+    assert urls["migrate"]["user"] == "wonderq_owner"
+    assert all(
+        url["sslmode"] == "verify-full" and url["sslrootcert"] == "/certificates/ca.pem" for url in urls.values()
+    )
+    host = SERVICES["certificates"]["entrypoint"][-1]
+    assert {url["host"] for url in urls.values()} == {host}
+    rules = [line.split() for line in (DOCKER / "pg_hba.conf").read_text().splitlines() if line and line[0] != "#"]
+    assert {rule[-1] for rule in rules} == {"scram-sha-256"}
+    assert {rule[0] for rule in rules} == {"local", "hostssl"}
+    assert {"ssl=on", "hba_file=/etc/wonderq/pg_hba.conf"} <= set(SERVICES["postgres"]["command"])
 
 
 def test_the_services_pass_every_message_on(image: Image, database_url: str) -> None:
@@ -449,6 +467,7 @@ def test_the_services_pass_every_message_on(image: Image, database_url: str) -> 
         urls, brokers, workers = {}, [], {}
         for name in BROKERS:
             variables = environment(name) | {"DATABASE_URL": database_url, "BROKER_PORT": "0"}
+            assert variables.pop("PGPASSWORD")
             variables |= {"BROKER_ALLOW_DATA_LOSS": "yes"}  # the server that all tests share does without fsync
             command = image.command(*image.entrypoint, *image.arguments)
             brokers.append(stack.enter_context(running(*command, environ=image.environ | variables)))

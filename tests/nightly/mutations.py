@@ -19,7 +19,7 @@ from parts import Options, Result, Say
 from seeded_bugs import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("broker", "tests", "rpc_schema.json", "setup.cfg", "pyproject.toml")
+COPIED = ("broker", "tests", "benchmarks", "rpc_schema.json", "setup.cfg", "pyproject.toml")
 # Only catches a hang: the tests of one bug have their own deadlines.
 PATIENCE = 1200.0
 

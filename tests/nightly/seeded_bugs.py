@@ -39,6 +39,9 @@ URLS = "tests/test_url_subscriptions.py::"
 ENDED = "tests/test_ended_subscriptions.py::"
 TOPICS = "tests/test_topics.py::"
 TOPIC_ISOLATION = "tests/faults/test_topic_isolation.py"
+AUTH = "tests/test_auth.py::"
+LIMITS = "tests/test_limits.py::"
+TRANSPORT = "tests/test_transport.py::"
 
 UNCONFIRMED = STANDBY + "test_a_commit_that_no_standby_has_confirmed_is_never_answered_with_a_result"
 REPEATED = STANDBY + "test_what_was_done_already_is_confirmed_only_when_the_standby_has_it"
@@ -768,5 +771,207 @@ MUTATIONS = (
         "broker/server.py",
         (("partial(self.waiting.dequeue, takes_place=False)", "self.waiting.dequeue"),),
         (WEBHOOKS + "test_consumers_of_the_broker_s_own_take_no_place_from_its_clients",),
+    ),
+    # Who may call, and what: tokens, permissions, limits, the audit log.
+    Mutation(
+        "tokens: the secret is not compared",
+        "broker/auth.py",
+        (("return caller if hmac.compare_digest(secret_hash, presented.secret_hash) else None", "return caller"),),
+        (AUTH + "test_nobody_without_a_token_is_let_in",),
+    ),
+    Mutation(
+        "tokens: an unknown id is answered at once",
+        "broker/auth.py",
+        (
+            (
+                "        secret_hash, caller = self._callers.get(presented.id, (_DUMMY_HASH, None))\n",
+                "        if presented.id not in self._callers:\n            return None\n"
+                "        secret_hash, caller = self._callers[presented.id]\n",
+            ),
+        ),
+        (AUTH + "test_an_unknown_id_and_a_wrong_secret_are_told_apart_by_nothing",),
+    ),
+    Mutation(
+        "tokens: expiry is not looked at",
+        "broker/storage/tokens.py",
+        (
+            (
+                'WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > statement_timestamp())\n"""\n\n_EVER',
+                'WHERE revoked_at IS NULL\n"""\n\n_EVER',
+            ),
+        ),
+        (
+            AUTH + "test_a_token_counts_at_once_and_not_after_it_is_revoked_or_has_expired",
+            "tests/test_revocation.py"
+            "::test_a_token_that_counts_no_more_is_refused_by_every_process_within_five_seconds[expired]",
+        ),
+    ),
+    Mutation(
+        "tokens: who was let in stays in",
+        "broker/auth.py",
+        (("        self._let_in.clear()\n", ""),),
+        (
+            AUTH + "test_a_token_counts_at_once_and_not_after_it_is_revoked_or_has_expired",
+            "tests/test_revocation.py"
+            "::test_a_token_that_counts_no_more_is_refused_by_every_process_within_five_seconds[revoked]",
+        ),
+    ),
+    Mutation(
+        "tokens: what was known counts for ever",
+        "broker/auth.py",
+        (("MAX_AGE_SECONDS = 4.0", "MAX_AGE_SECONDS = 4e9"),),
+        (AUTH + "test_nobody_is_let_in_by_what_was_known_too_long_ago",),
+    ),
+    Mutation(
+        "tokens: with the last one gone everybody is let in again",
+        "broker/auth.py",
+        (
+            (
+                "        self._is_required = self._is_required or were_ever\n",
+                '        self._is_required = self._mode == "required" or bool(found)\n',
+            ),
+        ),
+        (AUTH + "test_after_the_first_token_auto_asks_for_one_for_good",),
+    ),
+    Mutation(
+        "tokens: failures are never throttled",
+        "broker/auth.py",
+        (("if failures >= self._max_failures and left > 0:", "if False:"),),
+        (
+            AUTH + "test_failed_logins_from_an_address_are_throttled_and_good_ones_never",
+            LIMITS + "test_failed_logins_are_limited",
+        ),
+    ),
+    Mutation(
+        "tokens: the sender is whoever the producer says",
+        "broker/methods.py",
+        (("return sender if call.caller is None else call.caller.name", "return sender"),),
+        (AUTH + "test_the_sender_is_the_token",),
+    ),
+    Mutation(
+        "permissions: a receipt is good in any hand",
+        "broker/permissions.py",
+        (
+            ("        if await self._barred_queues(caller, verb, {queue_id}):\n", "        if False:\n"),
+            ("return name is not None and caller.may(verb, name)", "return True"),
+        ),
+        (
+            AUTH + "test_a_receipt_alone_is_worth_nothing",
+            AUTH + "test_every_method_is_open_to_those_whose_token_permits_it_and_to_nobody_else",
+        ),
+    ),
+    Mutation(
+        "permissions: the receipts of a batch are good in any hand",
+        "broker/methods.py",
+        (("if lease.queue_id in call.barred_queues:", "if False:"),),
+        (AUTH + "test_a_receipt_alone_is_worth_nothing",),
+    ),
+    Mutation(
+        "permissions: lists show everything",
+        "broker/methods.py",
+        (('return None if call.caller is None else call.caller.like("manage")', "return None"),),
+        (AUTH + "test_lists_show_what_may_be_managed",),
+    ),
+    Mutation(
+        "permissions: of two names only the first is looked at",
+        "broker/permissions.py",
+        (("        for param, value in named.items():\n", "        for param, value in [*named.items()][:1]:\n"),),
+        (AUTH + "test_a_dead_letter_queue_must_be_one_that_may_be_managed",),
+    ),
+    Mutation(
+        "permissions: a pattern is a regular expression",
+        "broker/credentials.py",
+        (('".*".join(map(re.escape, pattern.split("*")))', 'pattern.replace("*", ".*")'),),
+        (AUTH + "test_in_a_pattern_only_the_star_is_special",),
+    ),
+    Mutation(
+        "network: what anybody says of his address is believed",
+        "broker/entrance.py",
+        (
+            ("        if not self._proxies:\n            return address\n", ""),
+            (
+                "if not any(is_in(address, network) for network in self._proxies) or not each.strip():",
+                "if not each.strip():",
+            ),
+        ),
+        (AUTH + "test_what_a_client_says_of_its_address_is_not_believed",),
+    ),
+    Mutation(
+        "network: the pages of every site may call",
+        "broker/entrance.py",
+        (
+            ('request.headers.get("Origin") if self._origins else None', 'request.headers.get("Origin")'),
+            ("        if origin in self._origins:\n", "        if origin is not None:\n"),
+        ),
+        (AUTH + "test_only_pages_of_named_sites_may_call_from_a_browser",),
+    ),
+    Mutation(
+        "network: the Host header is not looked at",
+        "broker/entrance.py",
+        (("if host is None or not self._checks_host:", "if True:"),),
+        (TRANSPORT + "test_a_foreign_name_in_host_is_421",),
+    ),
+    Mutation(
+        "audit: who was refused is not written down",
+        "broker/rpc.py",
+        (("if schema.is_administrative or outcome == Forbidden.type:", "if schema.is_administrative:"),),
+        (
+            AUTH + "test_acts_of_administration_and_refusals_are_written_down",
+            AUTH + "test_every_act_of_administration_gives_one_line_whoever_does_it",
+        ),
+    ),
+    Mutation(
+        "audit: acts on single messages are not written down",
+        "broker/schema.py",
+        (
+            (
+                'return self.permission in ("manage", "admin") and not self.is_read_only',
+                'return self.permission in ("manage", "admin") and not self.is_read_only and "mess" not in self.name',
+            ),
+        ),
+        (AUTH + "test_every_act_of_administration_gives_one_line_whoever_does_it",),
+    ),
+    Mutation(
+        "limits: calls in flight are not counted",
+        "broker/rpc.py",
+        (("        self._in_flight += 1\n", ""), ("            self._in_flight -= 1\n", "")),
+        (LIMITS + "test_calls_in_flight_of_all_clients_are_limited_those_that_wait_too",),
+    ),
+    Mutation(
+        "limits: one token may have as many calls under way as there are places",
+        "broker/auth.py",
+        (("self._left >= 1 and self.in_flight < self.limits.in_flight", "self._left >= 1"),),
+        (
+            LIMITS + "test_calls_of_one_token_are_limited_at_one_time_and_in_a_second",
+            AUTH + "test_one_token_cannot_take_all_places",
+        ),
+    ),
+    Mutation(
+        "limits: a silent connection stays as long as an idle one",
+        "broker/connections.py",
+        (
+            (
+                "        self._next_keepalive_close_time = self._loop.time() + self._limits.header_timeout\n",
+                "        self._next_keepalive_close_time = self._loop.time() + 10 * self._limits.keepalive_timeout\n",
+            ),
+        ),
+        (LIMITS + "test_times_for_head_and_body_are_settings",),
+    ),
+    Mutation(
+        "limits: the bodies of a long call may be as deep as they like",
+        "broker/rpc.py",
+        (("len(text) < LONG_CALL_BYTES and is_deeper(text, most)", "False"),),
+        ("tests/test_hostile_bodies.py::test_a_body_that_is_made_to_cost_much_is_answered_as_any_other[deep]",),
+    ),
+    Mutation(
+        "limits: who is sent away for a slow head is cut off",
+        "broker/connections.py",
+        (
+            (
+                "                if self._head_deadline is None:\n                    self.force_close()\n",
+                "                if True:\n                    self.force_close()\n",
+            ),
+        ),
+        (LIMITS + "test_times_for_head_and_body_are_settings",),
     ),
 )
