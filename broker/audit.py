@@ -25,9 +25,10 @@ NOBODY = "-"
 
 def call_ended(call: Call, schema: MethodSchema, params: Mapping[str, Any], outcome: str) -> None:
     """Write down what a call came to: "ok", or the type of its error."""
-    about = " ".join(f"{name}={params[name]}" for name in SHOWN if isinstance(params.get(name), str))
+    about = {name: params[name] for name in SHOWN if isinstance(params.get(name), str)}
     caller = NOBODY if call.caller is None else call.caller.name
-    log.info("%s caller=%s address=%s %s outcome=%s", schema.name, caller, call.address, about, outcome)
+    pairs = "".join(f" {name}=%s" for name in about)
+    log.info(f"%s caller=%s address=%s{pairs} outcome=%s", schema.name, caller, call.address, *about.values(), outcome)
 
 
 def command_line(command: str, outcome: str, **about: object) -> str:

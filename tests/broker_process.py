@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -41,6 +42,12 @@ class Process:
         """What it has said on standard error."""
         return self.log_path.read_text()
 
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """What it has logged, an object for each line that is written to its end."""
+        whole = self.log.rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
+
     async def ready(self) -> Process:
         """Wait until it listens."""
         assert self._process.stdout is not None
@@ -57,8 +64,7 @@ class Process:
     @property
     def workers(self) -> dict[int, int]:
         """The pids of its workers, by their numbers."""
-        found = re.findall(r"worker serves worker=(\d+) pid=(\d+)", self.log)
-        return {int(number): int(pid) for number, pid in found}
+        return {line["worker"]: line["pid"] for line in self.lines if line["event"] == "worker serves"}
 
     async def says(self, words: str) -> None:
         """Wait until it has said so."""

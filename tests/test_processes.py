@@ -568,7 +568,7 @@ async def test_what_the_broker_s_own_role_has_set_counts(start: Start, folder: P
             connection.execute("SELECT pg_reload_conf()")
         broker = await start("--database-url", conninfo, BROKER_ALLOW_DATA_LOSS="no")
         await broker.ready()
-        assert "durability=durable" in broker.log
+        assert '"durability": "durable"' in broker.log
     finally:
         await postgres.stop()
 
@@ -769,7 +769,8 @@ async def test_metrics_are_summed_over_the_workers_whoever_shows_them_and_never_
     async with asyncio.timeout(DEADLINE):
         while broker.workers[1] == killed:
             shown.append(await one.metrics())
-    assert "worker has ended and is started again worker=1" in broker.log
+    ended = [line["worker"] for line in broker.lines if line["event"] == "worker has ended and is started again"]
+    assert ended == [1]
     await until_shown(one, "wonderq_client_connections", 8 - 1 - held_by[1])
     other.close()
     lines = [one, *(line for line in await one_to_each(broker, connect_line) if line.worker == 1)]
