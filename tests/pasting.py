@@ -5,7 +5,8 @@
 - A block of `python` or `js` is run, unless the line before it ends in a file's name, as in "write `consumer.py`:" Then
   it is written to that file, as is a block of any other language that is named so.
 - A block of `sql` is run on the page's database.
-- A block of `text` is what the block before it prints. `…` in it stands for anything within a line.
+- A block of `text` is what the block before it prints. `…` in it stands for anything in its line; as a whole
+  line, for any lines.
 
 Nothing else of a page is touched but addresses, which are exchanged for free ones.
 """
@@ -161,9 +162,12 @@ class Pasting:
 
 
 def is_as_shown(shown: str, printed: str) -> bool:
-    """Whether a command has printed what a page shows, in which `…` stands for anything within a line."""
-    pattern = "[^\n]*".join(re.escape(part) for part in shown.strip().split("…"))
-    return re.fullmatch(pattern, "\n".join(line.rstrip() for line in printed.strip().split("\n"))) is not None
+    """Whether a command has printed what a page shows; `…` is anything in its line, or where it is one, any lines."""
+    pattern = ""
+    for line in shown.strip().split("\n"):
+        anything = "[^\n]*".join(map(re.escape, line.split("…")))
+        pattern += r"(?:[^\n]*\n)*" if line == "…" else anything + r"\n"
+    return re.fullmatch(pattern, "".join(f"{line.rstrip()}\n" for line in printed.strip().split("\n"))) is not None
 
 
 def can_run(language: str) -> bool:

@@ -28,11 +28,15 @@ SHOWN = {"text", "json", "ini", "nginx", "caddyfile", "yaml", "http", "mermaid",
 # What a test of its own runs and says more of.
 ELSEWHERE = {
     "docs/topics.md": "test_readme.py",
+    "docs/client.md": "test_client_docs.py",
     "docs/cli.md": "test_every_example_in_the_help_does_what_it_shows",
     "docs/rpc.md": "test_the_examples_of_the_reference_are_calls_that_the_broker_understands",
 }
 # By page, and how the block begins.
 NOT_RUN = {
+    ("docs/operations.md", "pg_dump "): "test_backup.py",
+    ("docs/operations.md", "pg_restore "): "test_backup.py",
+    ("docs/tutorial.md", "python3 -m venv "): "loads packages: `make first-minute`",
     ("README.md", "make demo "): "steps of CI",
     ("README.md", "make test "): "steps of CI",
 }
@@ -91,8 +95,8 @@ def addresses(page: str, conninfo: str, new_name: str) -> dict[str, str]:
             "DATABASE wonderq OWNER wonderq ": f"DATABASE {new_name} OWNER {new_name} ",
         },
         "docs/security.md": {
-            "postgresql://wonderq_owner@db/wonderq": url_of(conninfo),
-            "postgresql://wonderq_runtime@db/wonderq": url_of(conninfo, user=new_name),
+            "postgresql://wonderq_owner@db.internal/wonderq?$secure": url_of(conninfo),
+            "postgresql://wonderq_runtime@db.internal/wonderq?$secure": url_of(conninfo, user=new_name),
             "wonderq_runtime": new_name,
         },
     }.get(page, {})
@@ -115,7 +119,7 @@ async def test_the_snippets_of_a_page_work_when_pasted(
         "BROKER_DATA_DIR": str(folder / "data"),
         "BROKER_LOG_FORMAT": "console",
     }
-    exchanged = {"127.0.0.1:9000": f"127.0.0.1:{free_port()}", '("127.0.0.1", 9000)': f'("127.0.0.1", {free_port()})'}
+    exchanged = {":9000": f":{(receiver := free_port())}", ", 9000)": f", {receiver})"}
     if any(block.serves for block in blocks):
         url = f"http://127.0.0.1:{port}"
     else:
@@ -170,3 +174,6 @@ async def test_a_snippet_that_fails_and_one_that_prints_something_else_are_notic
     assert is_as_shown("eins … three", pasted.printed[2])
     assert not is_as_shown("eins … vier", pasted.printed[2])
     assert not is_as_shown("eins …", "eins\n2 three")
+    assert is_as_shown("a\n…\nd", "a\nb\nc\nd")
+    assert is_as_shown("a\n…\nd", "a\nd\n")
+    assert not is_as_shown("a\n…\nd", "a\nb\nc")
