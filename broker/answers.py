@@ -12,6 +12,8 @@ from typing import Any, cast
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 
+from broker import requests
+
 SERVER_NAME = "wonderq"
 
 
@@ -21,19 +23,21 @@ class JsonAnswer:
     That one is built for everything that an answer can be, and takes as long as a small request takes otherwise.
     """
 
-    __slots__ = ("body", "is_sent")
+    __slots__ = ("body", "is_sent", "request_id")
 
     # What aiohttp asks of a response that it did not write itself.
     keep_alive = True
 
     def __init__(self, body: bytes) -> None:
         self.body = body
+        self.request_id = requests.current_or_new()
         self.is_sent = False
 
     def to_bytes(self) -> bytes:
         return (
             f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(self.body)}\r\n"
-            f"Date: {rfc822_formatted_time()}\r\nServer: {SERVER_NAME}\r\n\r\n"
+            f"Date: {rfc822_formatted_time()}\r\nServer: {SERVER_NAME}\r\n"
+            f"{requests.HEADER}: {self.request_id}\r\n\r\n"
         ).encode() + self.body
 
     def to_response(self) -> web.Response:
@@ -62,18 +66,22 @@ class Refusal:
         # Connection is spelt out because aiohttp takes what it cannot parse for HTTP/1.0.
         return {"Content-Type": "application/json", **dict(self.headers), "Connection": "close"}
 
-    @cached_property
+    @property
     def body(self) -> bytes:
         data: dict[str, Any] = {"type": self.type, "retryable": self.retryable, "outcome": self.outcome}
+        request_id = requests.current.get()
+        if request_id is not None:
+            data["request_id"] = request_id
         if self.type == "overloaded":
             data["retry_after"] = 1
         error = {"code": self.code, "message": self.message, "data": data}
         return json.dumps({"jsonrpc": "2.0", "error": error, "id": None}).encode()
 
     def to_bytes(self) -> bytes:
-        fields = {**self.response_fields, "Content-Length": str(len(self.body))}
+        body = self.body
+        fields = {**self.response_fields, "Content-Length": str(len(body))}
         head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        return f"HTTP/1.1 {self.status} {self.status.phrase}\r\n{head}\r\n".encode() + self.body
+        return f"HTTP/1.1 {self.status} {self.status.phrase}\r\n{head}\r\n".encode() + body
 
     def to_response(self) -> web.Response:
         response = web.Response(status=self.status, body=self.body, headers=self.response_fields)
@@ -97,6 +105,6 @@ TOO_MANY_CONNECTIONS = Refusal(
     retryable=True, headers=(("Retry-After", "1"),))
 INTERNAL_ERROR = Refusal(
     HTTPStatus.INTERNAL_SERVER_ERROR, -32603, "internal_error",
-    "The server failed while it worked on this request: what was done is unknown.",
+    "The server failed at this request: what was done is unknown. Its log has more under the request id.",
     outcome="unknown")
 # fmt: on

@@ -40,6 +40,8 @@ THROTTLE_SECONDS = 60.0
 MOST_ADDRESSES = 10_000
 # Names of which it is remembered whether a token permits them.
 MOST_NAMES = 10_000
+# A header that is longer than one with a token needs to be is taken apart each time.
+LONGEST_KNOWN = 128
 _DUMMY_HASH = bytes(32)
 
 
@@ -214,7 +216,7 @@ class Auth:
         caller = self._find(authorization)
         if caller is None:
             caller = await self._find_anew(authorization, address)
-        if authorization is not None and len(self._let_in) < MOST_NAMES:
+        if authorization is not None and len(authorization) < LONGEST_KNOWN and len(self._let_in) < MOST_NAMES:
             self._let_in[authorization] = caller
         return caller
 

@@ -22,6 +22,7 @@ from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from aiohttp.web_request import BaseRequest
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from broker import requests
 from broker.answers import (
     BODY_TOO_LARGE,
     INTERNAL_ERROR,
@@ -270,9 +271,10 @@ class Connection(RequestHandler):
             request._headers = CIMultiDictProxy(headers)
             is_known = expectation.lower() == "100-continue" and request.version >= HttpVersion11
             request[EXPECTS_CONTINUE] = is_known
-        if request.version < HttpVersion10:  # A first line that ends before "HTTP/1.1".
+        if request._version < HttpVersion10:  # A first line that ends before "HTTP/1.1".
             malformed = _ErrInfo(400, ValueError("no version"), "malformed")
             request_handler = self._make_error_handler(malformed)
+            request._version = HttpVersion10  # Or the answer would say HTTP/0.9, which is none.
         return super()._handle_request(request, start_time, request_handler)
 
     def can_answer_in_one_piece(self, request: BaseRequest) -> bool:
@@ -327,6 +329,9 @@ class Connection(RequestHandler):
         """
         response.headers.setdefault("Server", SERVER_NAME)
         response.headers.update(request.get(MORE_HEADERS, {}))
+        request_id = requests.current.get()
+        if request_id is not None:
+            response.headers[requests.HEADER] = request_id
         if (self._owner.is_draining or self._discarded is not None) and not self._messages:
             response.force_close()
 
@@ -379,6 +384,8 @@ class Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer as JSON-RPC, saying nothing of the inside; log only what is the server's fault."""
+        if requests.current.get() is None:
+            requests.begin(None)  # What cannot be read comes here without the guard.
         refusal = MALFORMED if status == 400 else _REFUSAL_BY_ERROR.get(type(exc), INTERNAL_ERROR)
         limit_name = _LIMIT_BY_ERROR.get(type(exc))
         if limit_name is not None:

@@ -13,7 +13,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from aiohttp import web
 
-from broker import audit
+from broker import audit, requests
 from broker.auth import Auth, Caller, Throttled, Unauthorized
 from broker.bodies import ConnectionLimits, read_body
 from broker.connections import MORE_HEADERS
@@ -31,7 +31,7 @@ NEEDS_TOKEN = ("/metrics",)
 # What a browser is told before a page of another site, one that may call, sends its call.
 PREFLIGHT = {
     "Access-Control-Allow-Methods": "POST",
-    "Access-Control-Allow-Headers": "authorization, content-type",
+    "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
     "Access-Control-Max-Age": "600",
 }
 
@@ -72,6 +72,7 @@ class Entrance:
 
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse what no route should see, and give every refusal the body of a JSON-RPC error."""
+        requests.begin(request.headers.get(requests.HEADER))
         if not self._is_host_allowed(request.headers.get("Host")):
             reason = "the Host header names another server; add the name with --allowed-host"
             return refuse(421, InvalidRequest(reason=reason))

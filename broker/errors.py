@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from broker import requests
+
 
 class BrokerError(Exception):
     """Something went wrong.
@@ -83,7 +85,7 @@ class InvalidParams(BrokerError):
 
 
 class InternalError(BrokerError):
-    """The broker failed; its log has more under the request id {request_id}."""
+    """The broker failed; quote the request id {request_id} to whoever runs it: its log has more under that."""
 
     code = -32603
     type = "internal_error"
@@ -227,5 +229,9 @@ def error_object(error: BrokerError) -> dict[str, Any]:
 
 
 def error_answer(error: BrokerError, call_id: msgspec.Raw = _NULL) -> bytes:
-    """Return the JSON-RPC answer that carries an error."""
-    return msgspec.json.encode({"jsonrpc": "2.0", "error": error_object(error), "id": call_id})
+    """Return the JSON-RPC answer that carries an error, and says of which request it is."""
+    described = error_object(error)
+    request_id = requests.current.get()
+    if request_id is not None:
+        described["data"]["request_id"] = request_id
+    return msgspec.json.encode({"jsonrpc": "2.0", "error": described, "id": call_id})

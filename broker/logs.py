@@ -7,12 +7,27 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
+from typing import Any
 
 import structlog
 
+from broker import requests
 
-def configure_logs(log_format: str) -> None:
-    """Send every log record to standard error; `log_format` is console, json or auto."""
+
+def add_request_id(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Say for which request something was logged, where it was for one."""
+    request_id = requests.current.get()
+    if request_id is not None:
+        event["request_id"] = request_id
+    return event
+
+
+def configure_logs(log_format: str, log_level: str = "info") -> None:
+    """Send every log record to standard error, a line each.
+
+    `log_format` is console, json or auto; `log_level` is debug, info, warning or error.
+    """
     is_console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor
     if is_console:
@@ -23,6 +38,7 @@ def configure_logs(log_format: str) -> None:
         foreign_pre_chain=[
             structlog.stdlib.add_log_level,
             structlog.stdlib.add_logger_name,
+            add_request_id,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
         ],
@@ -30,6 +46,6 @@ def configure_logs(log_format: str) -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
     # The pool says at every attempt that it cannot connect; our own line says it once a call.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)

@@ -15,7 +15,7 @@ _NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
 _BITS = bytes.maketrans(b"[{]}", b"1100")
 # How much of a list is looked at for the number of its elements.
 _LOOKED_AT = 65_536
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]|,', re.DOTALL)
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]++|[\]}]++|,', re.DOTALL)
 
 
 def _steps(brackets: int) -> list[int]:
@@ -60,14 +60,14 @@ def has_more_elements(text: bytes, number: int, *, at_depth: int = 1) -> bool:
     """
     depth = elements = 0
     for found in _TOKEN.finditer(text, 0, _LOOKED_AT):
-        mark = found[0][:1]
-        if mark in b"[{":
-            depth += 1
-        elif mark in b"]}":
-            depth -= 1
+        marks = found[0]
+        if marks[0] in b"[{":
+            depth += len(marks)
+        elif marks[0] in b"]}":
+            depth -= len(marks)
             if depth <= 0:
                 return False
-        elif mark == b"," and depth == at_depth:
+        elif marks == b"," and depth == at_depth:
             elements += 1
             if elements >= number:
                 return True

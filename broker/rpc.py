@@ -19,7 +19,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from uuid import uuid4
 
 import msgspec
 from aiohttp import web
@@ -30,6 +29,7 @@ from jsonrpcserver.sentinels import NOID
 from msgspec import Raw
 from oslash.either import Left
 
+from broker import requests
 from broker.answers import json_answer
 from broker.auth import Caller
 from broker.bodies import ConnectionLimits, read_body
@@ -57,10 +57,10 @@ MAX_CALLS_IN_FLIGHT = 20_000
 # Of a call as long as this only those values are looked at for their nesting that are short enough to be a body: all
 # else is refused for its length, or has a type that is not deep.
 LONG_CALL_BYTES = 2**20 + 2**16
+GLANCED_AT_BYTES = 2**16
 
 _NULL = Raw(b"null")
 _NOTHING = Raw(b"")
-_BATCH = re.compile(rb"[ \t\r\n]*+\[")
 
 
 @dataclass
@@ -263,6 +263,8 @@ class Rpc:
                 self._audit(call, schema, kwargs, outcome)
 
     def _refused(self, name: str, error: BrokerError, call_id: Raw, call: Call, began_at: float) -> bytes | None:
+        if isinstance(error, InternalError):
+            error = _of_this_request(name, error)
         self._count_refusal(error)
         if self._watcher is not None:
             self._watcher.call_ended(name, error.type, time.perf_counter() - began_at)
@@ -279,6 +281,18 @@ class Rpc:
             raise outcome._error.data
         result: bytes = outcome._value.result
         return result
+
+
+def _of_this_request(method: str, error: InternalError) -> InternalError:
+    """Let an error name the request that it answers, and the log what it came of.
+
+    What failed may have been done for several calls together, and is in the log under an id of its own.
+    """
+    request_id, failure = requests.current.get(), error.extra["request_id"]
+    if request_id in (None, failure):
+        return error
+    log.error("call failed method=%s failure=%s request_id=%s", method, failure, request_id)
+    return InternalError(outcome=error.outcome, index=error.index, **error.extra | {"request_id": request_id})
 
 
 def _undo(undo: list[Callable[[], None]]) -> None:
@@ -299,22 +313,26 @@ def _for_jsonrpcserver(method: Method) -> Method:
         except BrokerError as error:
             return Error(error.code, error.message, error)
         except Exception:
-            failure = _internal_error("unknown")
+            failure = InternalError(outcome="unknown", request_id=requests.current_or_new())
             log.exception("method failed request_id=%s", failure.extra["request_id"])
             return Error(failure.code, failure.message, failure)
 
     return adapter
 
 
-def _internal_error(outcome: str) -> InternalError:
-    return InternalError(outcome=outcome, request_id=uuid4().hex[:12])
+def _is_batch(text: bytes) -> bool:
+    # Without a copy of all of it, but where it begins with a thousand spaces.
+    return (text[:1024].lstrip() or text.lstrip()).startswith(b"[")
 
 
 def _elements(text: bytes, max_nesting: int) -> list[Raw] | None:
     """Return the elements of a batch, None where the text is a single request. Raises ParseError, InvalidRequest."""
     try:
         text.decode()
-        if _BATCH.match(text) is None:
+        if not _is_batch(text):
+            # A glance at the beginning spares the reading of the rest, which takes longest where it is deep.
+            if len(text) > LONG_CALL_BYTES and is_deeper(text[:GLANCED_AT_BYTES], max_nesting):
+                raise _too_deep(max_nesting)
             return None
         if has_more_elements(text, MAX_BATCH):
             _read_any(text)

@@ -452,6 +452,13 @@ class Settings:
         choices=("auto", "console", "json"),
         help="How log lines look on standard error: `auto` is console on a terminal, JSON elsewhere.",
     )
+    log_level: str = setting(
+        "info",
+        flag="--log-level",
+        variable="BROKER_LOG_LEVEL",
+        choices=("debug", "info", "warning", "error"),
+        help="What is logged: this and what is worse. The audit log is on `info`, refused access on `warning`.",
+    )
 
 
 def limits_in_force(settings: Settings) -> dict[str, float]:

@@ -68,7 +68,7 @@ async def work() -> None:
     if not line:  # The supervisor died before it could say more.
         return
     job = Job.from_line(line)
-    configure_logs(job.settings.log_format)
+    configure_logs(job.settings.log_format, job.settings.log_level)
     share_metrics(job.folder, job.worker)
     stop = asyncio.Event()
     order = asyncio.create_task(orders.readline())

@@ -129,7 +129,8 @@ class World:
 
 
 async def answer(broker: Broker, token: str | None, method: str, /, **params: Any) -> dict[str, Any]:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    # What differs between two answers is then what they say.
+    headers = {"X-Request-Id": "same"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
     request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
     status, body = await broker.post(request, **headers)
     answered: dict[str, Any] = {"status": status, **json.loads(body)}
@@ -306,7 +307,7 @@ async def test_nobody_without_a_token_is_let_in(world: World) -> None:
     ]  # fmt: skip
     answers = set()
     for authorization in shown:
-        headers = {} if authorization is None else {"Authorization": authorization}
+        headers = {"X-Request-Id": "same"} | ({} if authorization is None else {"Authorization": authorization})
         async with world.broker.http.post(f"{world.broker.url}/rpc", json={}, headers=headers) as response:
             assert response.status == 401
             assert response.headers["WWW-Authenticate"] == "Bearer"
@@ -347,7 +348,7 @@ async def test_an_unknown_id_and_a_wrong_secret_are_told_apart_by_nothing(
     for token in (wrong_secret, unknown_id, revoked):
         await world.broker.server.auth.refresh()  # each begins as long after the tokens were read
         done.clear()
-        headers = {"Authorization": f"Bearer {token}"}
+        headers = {"X-Request-Id": "same", "Authorization": f"Bearer {token}"}
         async with world.broker.http.post(f"{world.broker.url}/rpc", json={}, headers=headers) as response:
             told = tuple((name, value) for name, value in response.headers.items() if name != "Date")
             seen.add((response.status, told, await response.read(), tuple(done)))

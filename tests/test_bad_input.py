@@ -148,6 +148,7 @@ async def test_text_that_is_not_json_in_utf8_is_a_parse_error_wherever_it_stands
             continue  # an empty array
         error = await refusal(standing_broker, place % text)
         assert error["code"] == -32700, (text, error)
+        assert error["data"].pop("request_id")
         assert error["data"] == {"type": "parse_error", "retryable": False, "outcome": "none"}
     assert await standing_broker.call("count_messages") == before
 

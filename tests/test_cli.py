@@ -317,6 +317,7 @@ VALUES: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "webhook_total": (("1", 1), ("10000", 10_000)),
     "webhook_timeout": (("0.1", 0.1), ("300", 300.0)),
     "log_format": (("json", "json"), ("console", "console")),
+    "log_level": (("debug", "debug"), ("error", "error")),
 }
 
 
@@ -330,7 +331,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
         return 0
 
     monkeypatch.setattr(processes, "run", remember)
-    monkeypatch.setattr(serving, "configure_logs", lambda _: None)
+    monkeypatch.setattr(serving, "configure_logs", lambda *_: None)
 
     def serve(*words: str, **env: str) -> Settings:
         done = run("serve", *words, env=env)

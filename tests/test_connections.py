@@ -71,13 +71,15 @@ class Answer:
         assert (document["jsonrpc"], document["id"]) == ("2.0", None)
         error = document["error"]
         assert set(error) == {"code", "message", "data"}
-        assert set(error["data"]) - {"retry_after"} == {"type", "retryable", "outcome"}
-        return {"code": error["code"], **error["data"]}
+        assert set(error["data"]) - {"retry_after", "request_id"} == {"type", "retryable", "outcome"}
+        data = {name: value for name, value in error["data"].items() if name != "request_id"}
+        return {"code": error["code"], **data}
 
 
 def parse(answer: bytes) -> Answer:
     head, _, body = answer.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
+    assert first.startswith(("HTTP/1.1 ", "HTTP/1.0 ")), first
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
     assert len(body) == int(headers["content-length"])
     return Answer(int(first.split()[1]), headers, body)
@@ -360,6 +362,7 @@ MALFORMED = {
     "unknown method": b"SEND /rpc HTTP/1.1\r\nHost: a\r\n\r\n",
     "method in lower case": b"post /rpc HTTP/1.1\r\nHost: a\r\n\r\n",
     "HTTP 0.9": b"GET /rpc\r\n\r\n",
+    "no space before the version": b"POST /rpcHTTP/1.1\r\nHost: a\r\n\r\n",
     "HTTP 2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "HTTP 3.0": b"GET /rpc HTTP/3.0\r\nHost: a\r\n\r\n",
     "space in the path": b"GET /rpc x HTTP/1.1\r\nHost: a\r\n\r\n",

@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 
-from broker.client import BrokerError, Client, ConnectionFailed, Consumer, Message, QueueNotFound
+from broker.client import BrokerError, Client, ConnectionFailed, Consumer, Forbidden, Message, QueueNotFound
 from broker.client import consumer as consumer_module
 from broker.server import Server
 from broker.settings import Settings
 from conftest import PATIENCE
-from scripted import call_in, error, server
+from scripted import call_in, error, http, result, server
 
 
 class Recording(Client):
@@ -439,6 +439,23 @@ async def test_an_abort_gives_everything_back_at_once(client: Recording, queue: 
     assert client.extended == [5]
 
 
+async def test_an_abort_before_handlers_have_begun_gives_their_messages_back(client: Client, queue: str) -> None:
+    await client.enqueue_batch(queue, [{"body": n} for n in range(5)])
+    seen: list[Message] = []
+
+    async def handle(message: Message) -> None:
+        seen.append(message)
+        consumer.abort()
+
+    consumer = Consumer(client, queue, handle, concurrency=5, visibility_timeout=600)
+    async with asyncio.timeout(PATIENCE):
+        await consumer.run(handle_signals=False)
+
+    # The first was handled to its end, which came at once.
+    assert len(seen) == 1
+    assert await counts(client, queue) == (4, 0, 0)
+
+
 async def test_a_loop_that_is_cancelled_gives_everything_back(client: Client, queue: str) -> None:
     await client.enqueue_batch(queue, [{"body": n} for n in range(3)])
     handler = Handler()
@@ -556,6 +573,31 @@ async def test_a_broker_that_is_not_there_at_the_beginning_is_said() -> None:
                 await client.consume("q", print, **options)
 
 
+NO_BROKER = http("404 Not Found", "<html>somebody else</html>")
+FAILED = error("internal_error", -32603, outcome="unknown")
+
+
+async def test_a_broker_that_has_answered_before_is_waited_for_whatever_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("broker.client.transport.FIRST_PAUSE_SECONDS", 0.001)
+    busy = error("overloaded", -32002, retryable=True)
+    nothing = result({"messages": []})
+    answers = [nothing, NO_BROKER, FAILED, busy, None, nothing, error("forbidden", -32003)]
+    async with server(lambda _: answers.pop(0)) as url, Client(url) as client, asyncio.timeout(PATIENCE):
+        with pytest.raises(Forbidden):
+            await client.consume("q", print, visibility_timeout=5)
+
+    assert answers == []
+
+
+@pytest.mark.parametrize("answer", [NO_BROKER, FAILED])
+async def test_a_broker_that_has_never_worked_is_not_waited_for(answer: bytes) -> None:
+    async with server(lambda _: answer) as url, Client(url) as client, asyncio.timeout(PATIENCE):
+        with pytest.raises(BrokerError):
+            await client.consume("q", print, visibility_timeout=5)
+
+
 async def test_a_queue_that_is_deleted_ends_the_loop_when_what_is_held_is_done(client: Client, queue: str) -> None:
     await client.enqueue(queue, 1)
     handler = Handler()
@@ -598,6 +640,12 @@ async def test_a_loop_whose_client_was_closed_says_so(broker_url: str) -> None:
 def test_options_that_cannot_be_meant_are_refused(options: Any) -> None:
     with pytest.raises(ValueError, match="must be 1 or more"):
         Consumer(Client(), "q", print, **options)
+
+
+def test_an_option_that_there_is_not_is_refused() -> None:
+    wrong: Any = {"concurrence": 5}
+    with pytest.raises(TypeError, match="no option concurrence"):
+        Consumer(Client(), "q", print, **wrong)
 
 
 PROGRAM = """

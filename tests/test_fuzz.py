@@ -154,7 +154,7 @@ async def test_ten_thousand_hostile_requests_are_each_answered_and_leave_nothing
 ) -> None:
     token = await tokens.create(connection, "everything", Grant(["*"], ["*"], ["*"], admin=True), None)
     flags = ["--database-url", database_url, "--auth", "required", "--max-request-bytes", "256KiB"]
-    flags += ["--header-timeout", "1", "--body-timeout", "2", "--body-stall-timeout", "1", "--max-failed-logins", "200"]
+    flags += ["--header-timeout", "3", "--body-timeout", "5", "--body-stall-timeout", "3", "--max-failed-logins", "200"]
     process = await (await start(*flags)).ready()
     found: Counter[str] = Counter()
     await fuzz(process, token, range(REQUESTS // 2), found)

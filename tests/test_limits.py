@@ -151,7 +151,7 @@ HEAD = b"POST /rpc HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json
     ("short", "said", "status", "limit"),
     [
         ({"header_timeout": 0.2}, b"", b"", "header_time"),
-        ({"header_timeout": 0.2}, b"POST /", b"408", "header_time"),
+        ({"header_timeout": 1.0}, b"POST /", b"408", "header_time"),
         ({"body_timeout": 0.2}, HEAD + b"12", b"408", "body_time"),
         ({"body_stall_timeout": 0.2}, HEAD, b"408", "body_time"),
     ],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 from opentelemetry import trace
@@ -71,9 +72,7 @@ async def test_a_handler_runs_in_a_span_that_is_a_child_of_the_producers(
         with tracer.start_as_current_span("inside"):
             await asyncio.sleep(0)
 
-    # The span that the loop itself runs in is no parent of anything.
-    with tracer.start_as_current_span("the whole loop"):
-        await client.consume(queue, handle, max_messages=3)
+    await client.consume(queue, handle, max_messages=3)
 
     [producer] = named(spans, "producing")
     handled, inside = named(spans, f"process {queue}"), named(spans, "inside")
@@ -102,7 +101,9 @@ async def test_a_failure_is_seen_in_its_span(client: Client, queue: str, spans: 
     async def handle(message: Message) -> None:
         raise RuntimeError("no")
 
-    await client.consume(queue, handle, max_messages=1)
+    # The span that the loop itself runs in is no parent of anything.
+    with trace.get_tracer("test").start_as_current_span("the whole loop"):
+        await client.consume(queue, handle, max_messages=1)
 
     [span] = named(spans, f"process {queue}")
     assert span.parent is None
@@ -138,6 +139,21 @@ async def test_a_trace_that_the_caller_gives_wins(client: Client, queue: str, sp
     assert headers == [{"traceparent": GIVEN, "tracestate": "a=b", "kind": "x"}]
     assert f"{span.context.trace_id:032x}" == GIVEN.split("-")[1]
     assert span.context.trace_state.get("a") == "b"
+
+
+def test_two_traces_are_not_mixed() -> None:
+    current = trace.SpanContext(1, 2, is_remote=False, trace_state=trace.TraceState([("c", "d")]))
+    with trace.use_span(trace.NonRecordingSpan(current)):
+        own = {"traceparent": f"00-{1:032x}-{2:016x}-00"}
+        assert headers_with_trace(None) == {**own, "tracestate": "c=d"}
+        assert headers_with_trace({"traceparent": GIVEN}) == {"traceparent": GIVEN}
+        assert headers_with_trace({"tracestate": "a=b"}) == {**own, "tracestate": "a=b"}
+
+
+def test_what_are_no_headers_is_left_for_the_broker_to_refuse() -> None:
+    wrong: Any = 5
+    with trace.get_tracer("test").start_as_current_span("producing"):
+        assert headers_with_trace(wrong) == 5
 
 
 async def test_without_a_span_nothing_is_added(client: Client, queue: str, spans: InMemorySpanExporter) -> None:

@@ -29,7 +29,7 @@ def serve(settings: Settings) -> None:
     Without --database-url it has a PostgreSQL of its own. It prints one line on standard output when it is ready,
     `listening on URL`, and logs on standard error. Ctrl-C and SIGTERM stop it within ten seconds.
     """
-    configure_logs(settings.log_format)
+    configure_logs(settings.log_format, settings.log_level)
     sys.exit(processes.run(settings))
 
 

@@ -11,7 +11,7 @@ this package, aiohttp and msgspec are all that it takes.
 """
 
 from broker.client.client import Client
-from broker.client.consumer import Consumer, ConsumerOptions, Handler
+from broker.client.consumer import Consumer
 from broker.client.errors import (
     BrokerError,
     ConnectionFailed,
@@ -25,6 +25,8 @@ from broker.client.errors import (
 )
 from broker.client.messages import (
     Broadcast,
+    ConsumerOptions,
+    Handler,
     Message,
     MessageOptions,
     NewMessage,

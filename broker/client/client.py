@@ -17,10 +17,12 @@ from typing import Any, Self, TypeVar, Unpack
 import msgspec
 
 from broker.client import tracing
-from broker.client.consumer import Consumer, ConsumerOptions, Handler
+from broker.client.consumer import Consumer
 from broker.client.errors import BrokerError, error_of
 from broker.client.messages import (
     Broadcast,
+    ConsumerOptions,
+    Handler,
     Message,
     MessageOptions,
     Messages,

@@ -20,14 +20,15 @@ import asyncio
 import contextvars
 import inspect
 import logging
+import math
 import random
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from functools import partial
+from typing import TYPE_CHECKING, Unpack
 
-from broker.client.errors import BrokerError, Forbidden, LeaseLost
-from broker.client.messages import Message
+from broker.client.errors import BrokerError, ConnectionFailed, Forbidden, LeaseLost
+from broker.client.messages import ConsumerOptions, Handler, Message
 from broker.client.signals import told_by_signals
 from broker.client.tracing import span_of
 from broker.client.transport import pause_before, retry_after_of
@@ -35,60 +36,39 @@ from broker.client.transport import pause_before, retry_after_of
 if TYPE_CHECKING:
     from broker.client.client import Client
 
-# A coroutine function, or a plain one, which runs in a thread. What it returns does not matter.
-Handler = Callable[[Message], Any]
-
 MOST_AT_ONCE = 1_000
 LONGEST_VISIBILITY_TIMEOUT = 43_200.0
 # Where the queue's may not be asked for.
 DEFAULT_LEASE_SECONDS = 30.0
 # At most once, a call that is broken off loses messages. So a stop waits until it is answered.
 LONGEST_WAIT_AT_MOST_ONCE = 5.0
+LONGEST_PAUSE_TO_DELETE = 1.0
+# What a broker says that has failed itself.
+FAILED = -32603
 
 _log = logging.getLogger("broker.client")
 
 
-class ConsumerOptions(TypedDict, total=False):
-    """How to consume. All times are in seconds.
-
-    - `concurrency` (10): how many handlers may run at the same time.
-    - `visibility_timeout` (the queue's, or 30 where that may not be asked for): how long a lease is, and what it is
-      extended by. A message of a consumer that was killed comes back after it.
-    - `wait` (20): for how long one call waits for messages.
-    - `at_most_once` (False): messages are gone before the handler has them.
-    - `max_messages` (None): stop after so many.
-    - `first_pause` (1), `longest_pause` (600): before a message comes again whose handler failed; it doubles each
-      time, ± 50 %.
-    - `cancel_on_lost_lease` (True): cancel a handler (not one in a thread) when somebody else may have its message.
-    - `on_error` (None): called with message and exception when a handler failed, beside the log.
-    """
-
-    concurrency: int
-    visibility_timeout: float | None
-    wait: float
-    at_most_once: bool
-    max_messages: int | None
-    first_pause: float
-    longest_pause: float
-    cancel_on_lost_lease: bool
-    on_error: Callable[[Message, Exception], Any] | None
-
-
 @dataclass(eq=False)
 class _Held:
-    """A message that a handler has. `leased_at` is a time of the event loop, when its lease began or was extended."""
+    """A message that a handler has. `leased_at` is a time of the event loop, when its lease began or was extended.
+
+    `is_settled`: it was handled, or given back.
+    """
 
     message: Message
     leased_at: float
     task: asyncio.Task[None] | None = None
     is_lost: bool = False
-    is_given_back: bool = False
+    is_settled: bool = False
 
 
 class Consumer:
     """One loop over one queue; `run` it once. `handler` is a coroutine function, or a plain one for threads."""
 
     def __init__(self, client: Client, queue: str, handler: Handler, **options: Unpack[ConsumerOptions]) -> None:
+        if unknown := options.keys() - ConsumerOptions.__annotations__.keys():
+            raise TypeError(f"There is no option {', '.join(sorted(unknown))}; see ConsumerOptions.")
         self._client = client
         self._once = client.with_deadline(0)
         self._queue = queue
@@ -130,7 +110,7 @@ class Consumer:
         self._is_aborting = True
         self.stop()
         for held in self._running:
-            if held.task is not None and not held.is_given_back:
+            if held.task is not None and not held.is_settled:
                 held.task.cancel()
 
     def has_lost(self, message: Message) -> bool:
@@ -199,6 +179,7 @@ class Consumer:
                 held = _Held(message, now)
                 self._running.add(held)
                 held.task = asyncio.create_task(self._handle(held))
+                held.task.add_done_callback(partial(self._ended, held))
 
     async def _messages(self, max_messages: int) -> list[Message]:
         """Wait for messages, through whatever outage; return none if `stop` breaks it off."""
@@ -223,8 +204,12 @@ class Consumer:
                 self._is_well()
                 return messages
             except BrokerError as error:
-                now = asyncio.get_running_loop().time()
-                if not error.retryable or (self._gives_up_at is not None and now >= self._gives_up_at):
+                # As long as nobody has answered it is not waited for longer than for any other call.
+                if self._gives_up_at is None:
+                    is_final = not _may_pass(error)
+                else:
+                    is_final = not error.retryable or asyncio.get_running_loop().time() >= self._gives_up_at
+                if is_final:
                     raise
                 self._is_in_trouble(error)
                 await asyncio.sleep(pause_before(failures, retry_after_of(error)))
@@ -243,12 +228,16 @@ class Consumer:
         except Exception as error:
             await self._give_back(held, error)
         else:
+            held.is_settled = True
             if message.receipt is not None:
                 self._handled.append(message.receipt)
                 self._has_work_to_delete.set()
-        finally:
-            self._running.discard(held)
-            self._changed.set()
+
+    def _ended(self, held: _Held, task: asyncio.Task[None]) -> None:
+        if task.cancelled() and not held.is_settled and held.message.receipt is not None:
+            self._unfinished.append(held.message.receipt)  # An abort came before it had begun.
+        self._running.discard(held)
+        self._changed.set()
 
     async def _call_handler(self, message: Message) -> None:
         if self._threads is None:
@@ -261,7 +250,7 @@ class Consumer:
             await result
 
     async def _give_back(self, held: _Held, error: Exception) -> None:
-        held.is_given_back = True
+        held.is_settled = True
         message, after = held.message, "is lost"
         if message.receipt is not None and not held.is_lost:
             doubled = self._first_pause * 2.0 ** min(message.receive_count - 1, 40)
@@ -301,7 +290,7 @@ class Consumer:
             await asyncio.sleep(pause)
             now, pause = clock(), self._lease / 3
             held_for_long = [held for held in self._running if now - held.leased_at > self._lease / 4]
-            due = [held for held in held_for_long if not (held.is_lost or held.is_given_back)]
+            due = [held for held in held_for_long if not (held.is_lost or held.is_settled)]
             for some in (due[n : n + MOST_AT_ONCE] for n in range(0, len(due), MOST_AT_ONCE)):
                 receipts, asked_at = [held.message.receipt for held in some], clock()
                 try:
@@ -324,18 +313,21 @@ class Consumer:
 
     async def _delete_handled(self) -> None:
         """Delete what was handled, by as many calls as there are answers; whatever comes meanwhile shares the next."""
-        failures = 0
+        failures, clock, gives_up_at = 0, asyncio.get_running_loop().time, math.inf
         while True:
             if not self._handled:
                 self._has_work_to_delete.clear()
                 await self._has_work_to_delete.wait()
-            receipts, was_stopping = self._handled[:MOST_AT_ONCE], self._is_stopping
+            receipts = self._handled[:MOST_AT_ONCE]
             try:
-                results = await self._client.delete_batch(receipts)
+                results = await self._once.delete_batch(receipts)
             except BrokerError as error:
                 self._is_in_trouble(error)
-                if error.retryable and not was_stopping:
-                    await asyncio.sleep(pause_before(failures, retry_after_of(error)))
+                if self._is_stopping:
+                    gives_up_at = min(gives_up_at, clock() + self._client.deadline)
+                if _may_pass(error) and clock() < gives_up_at:
+                    # Soon: when the broker is back, others may be given what is not deleted and whose lease has ended.
+                    await asyncio.sleep(pause_before(failures, retry_after_of(error), LONGEST_PAUSE_TO_DELETE))
                     failures += 1
                     continue
                 _log.error("%s: %d handled messages come again: %s", self._queue, len(receipts), error)
@@ -369,6 +361,11 @@ class Consumer:
             seconds = asyncio.get_running_loop().time() - self._trouble_since
             self._trouble_since = None
             _log.warning("%s: the broker serves again, after %.1f s", self._queue, seconds)
+
+
+def _may_pass(error: BrokerError) -> bool:
+    """Whether it may be different later, with a broker that has worked before."""
+    return error.retryable or isinstance(error, ConnectionFailed) or error.code == FAILED
 
 
 def _is_coroutine_function(handler: Handler) -> bool:

@@ -1,4 +1,4 @@
-"""What goes in and comes out: messages, and what can be said about messages, queues and subscriptions.
+"""What goes in and comes out: messages, and what can be said about messages, queues, subscriptions and consumers.
 
 Names, units (seconds) and limits are those of `rpc_schema.json`.
 """
@@ -6,7 +6,7 @@ Names, units (seconds) and limits are those of `rpc_schema.json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cached_property
 from typing import Any, TypedDict
@@ -119,3 +119,33 @@ class Broadcast(msgspec.Struct, frozen=True, kw_only=True):
     messages: int
     deliveries: int
     complete: bool
+
+
+# A coroutine function, or a plain one, which runs in a thread. What it returns does not matter.
+Handler = Callable[[Message], Any]
+
+
+class ConsumerOptions(TypedDict, total=False):
+    """How to consume. All times are in seconds.
+
+    - `concurrency` (10): how many handlers may run at the same time.
+    - `visibility_timeout` (the queue's, or 30 where that may not be asked for): how long a lease is, and what it is
+      extended by. A message of a consumer that was killed comes back after it.
+    - `wait` (20): for how long one call waits for messages.
+    - `at_most_once` (False): messages are gone before the handler has them.
+    - `max_messages` (None): stop after so many.
+    - `first_pause` (1), `longest_pause` (600): before a message comes again whose handler failed; it doubles each
+      time, ± 50 %.
+    - `cancel_on_lost_lease` (True): cancel a handler (not one in a thread) when somebody else may have its message.
+    - `on_error` (None): called with message and exception when a handler failed, beside the log.
+    """
+
+    concurrency: int
+    visibility_timeout: float | None
+    wait: float
+    at_most_once: bool
+    max_messages: int | None
+    first_pause: float
+    longest_pause: float
+    cancel_on_lost_lease: bool
+    on_error: Callable[[Message, Exception], Any] | None

@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 from broker.client.client import DEFAULT_URL, Client
-from broker.client.consumer import Consumer, ConsumerOptions, Handler
+from broker.client.consumer import Consumer
+from broker.client.messages import ConsumerOptions, Handler
 from broker.client.signals import told_by_signals
 
 P = ParamSpec("P")

@@ -20,8 +20,8 @@ _MOST_HEADERS, _MOST_HEADER_BYTES = 64, 4096
 
 def headers_with_trace(headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
     """Return headers with the current span's context, where there is one and room for it; None for no headers."""
-    if "opentelemetry.trace" not in sys.modules:
-        return headers
+    if "opentelemetry.trace" not in sys.modules or not isinstance(headers, Mapping | None):
+        return headers  # What are no headers the broker refuses, and not this.
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     given = {} if headers is None else dict(headers)
@@ -38,13 +38,12 @@ def span_of(message: Message) -> AbstractContextManager[Any]:
     if "opentelemetry.trace" not in sys.modules:
         return nullcontext()
     from opentelemetry import trace
-    from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     return trace.get_tracer("broker.client").start_as_current_span(
         f"process {message.queue}",
-        # Whatever span the loop itself runs in has nothing to do with it.
-        context=TraceContextTextMapPropagator().extract(message.headers, Context()),
+        # In no other span: the one that the loop itself runs in has nothing to do with it.
+        context=TraceContextTextMapPropagator().extract(message.headers),
         kind=trace.SpanKind.CONSUMER,
         attributes={
             "messaging.system": "wonderq",

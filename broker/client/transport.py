@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,9 +61,9 @@ class Answer(NamedTuple):
     was_in_doubt: bool
 
 
-def pause_before(attempt: int, retry_after: float = 0.0) -> float:
+def pause_before(attempt: int, retry_after: float = 0.0, limit: float = math.inf) -> float:
     """Return how long to wait before the next attempt, after so many: random, growing, and not before it may."""
-    longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(attempt, 16))
+    longest = min(limit, LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(attempt, 16))
     return retry_after + random.uniform(0, longest)  # noqa: S311  no secret
 
 

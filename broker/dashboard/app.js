@@ -19,6 +19,7 @@ const PAGES = {
 function App() {
   const [, setTick] = useState(0);
   const [route, setRoute] = useState(readRoute(location.hash));
+  const current = useRef(route);
   const [said, setSaid] = useState("");
   const poll = useRef(null);
   poll.current ??= new Poll(() => setTick((tick) => tick + 1));
@@ -29,8 +30,13 @@ function App() {
     const moved = () => {
       if (location.hash !== "" && !location.hash.startsWith("#/")) return;
       Heading.isFollowing = true;
-      setRoute(readRoute(location.hash));
-      scrollTo(0, 0);
+      const from = current.current;
+      const to = readRoute(location.hash);
+      current.current = to;
+      setRoute(to);
+      // Another page begins at its top, another part of a list at that list's, and what is typed into the search stays.
+      if (link(to.page, to.name) !== link(from.page, from.name)) scrollTo(0, 0);
+      else if (to.params.after !== from.params.after) document.querySelector(".list")?.scrollIntoView();
     };
     addEventListener("hashchange", moved);
     return () => removeEventListener("hashchange", moved);
@@ -95,7 +101,7 @@ function Header({ route, caller, leave, poll }) {
         <${Liveness} poll=${poll} />
         <${ThemeButton} />
         ${hasToken() && caller?.auth_required && html`<span class="who" title="The name of your token">${caller.name}</span>`}
-        ${hasToken() && html`<button type="button" onClick=${leave}>Sign out</button>`}
+        ${hasToken() && !poll.needsToken && html`<button type="button" onClick=${leave}>Sign out</button>`}
       </div>
     </div>
   </header>`;

@@ -31,7 +31,7 @@ export function MessageList({ route, answer, caller, refresh, say }) {
   const [isIndented, setIndented] = useState(false);
   const [deleting, setDeleting] = useState(null);
   const status = params.status ?? "";
-  return html`<section aria-labelledby="messages-title">
+  return html`<section class="list" aria-labelledby="messages-title">
     <div class="section-head">
       <h2 id="messages-title">Messages</h2>
       <nav class="tabs" aria-label="Messages by status">

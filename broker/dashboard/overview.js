@@ -41,7 +41,7 @@ export function Overview({ route, answers, caller }) {
     <${Figures} label="All queues together" figures=${figuresOf({ page, dead, total, minutes, addsUp })} />
     ${minutes && html`<${Graph} minutes=${minutes} title=${`All queues, the last ${MINUTES} minutes`} />`}
     ${caller && !caller.admin && html`<p class="note">Figures of all queues together need a token with <code>admin</code>.</p>`}
-    <section aria-label="Queues by name">
+    <section class="list" aria-label="Queues by name">
       <${Search} params=${route.params} />
       ${page && !isResult(page) && html`<${Refusal} error=${page} />`}
       <${Queues} page=${isResult(page) ? page : null} dead=${isResult(dead) ? dead : null} params=${route.params} caller=${caller} />
@@ -96,6 +96,7 @@ function Search({ params }) {
   useEffect(() => {
     if (typing.current === null) setText(params.prefix ?? "");
   }, [params.prefix]);
+  useEffect(() => () => clearTimeout(typing.current), []);
   const go = (prefix) => {
     clearTimeout(typing.current);
     typing.current = null;

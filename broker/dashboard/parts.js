@@ -30,7 +30,7 @@ export function Figures({ figures, label }) {
 }
 
 /**
- * A table that becomes a list of cards on a narrow screen. Columns: {name, key, isNumber}; the first one names the row.
+ * A table that becomes a list of cards on a narrow screen. Columns: {name, isNumber, isWide}; the first one names the row.
  * The roles are said because a card's `display` takes them away.
  */
 export function Table({ caption, columns, rows, empty, isCaptionSeen = false }) {
@@ -48,7 +48,7 @@ export function Table({ caption, columns, rows, empty, isCaptionSeen = false }) 
         (row) => html`<tr key=${row.key} role="row">
           ${columns.map((column, n) => {
             const cell = row.cells[n];
-            const kind = column.isNumber ? "number" : "";
+            const kind = column.isNumber ? "number" : column.isWide ? "wide" : "";
             return n === 0
               ? html`<th key=${column.name} role="rowheader" scope="row">${cell}</th>`
               : html`<td key=${column.name} role="cell" class=${kind} data-label=${column.name}>${cell}</td>`;

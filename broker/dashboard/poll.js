@@ -10,6 +10,8 @@ const LARGE = 200_000;
 /** Whether a list of messages is too large to be asked for again and again. */
 export const isLarge = (answer) => (answer?.messages ?? []).reduce((sum, message) => sum + message.body.length, 0) > LARGE;
 
+const written = ([method, params]) => JSON.stringify([method, params]);
+
 export class Poll {
   /** `changed` is called when something new is known. */
   constructor(changed) {
@@ -18,7 +20,8 @@ export class Poll {
     this.key = null;
     // What was answered last, by the names of the calls: results, or CallErrors.
     this.answers = {};
-    // When that was, and what the answers belong to.
+    // What each of them was asked with, and when the last ones came.
+    this.askedWith = {};
     this.at = null;
     // Why there is nothing newer, and when it is tried again: {reason, until}.
     this.away = null;
@@ -37,7 +40,7 @@ export class Poll {
    */
   watch(key, calls) {
     this.calls = calls;
-    const text = JSON.stringify(Object.values(calls).map(([method, params]) => [method, params]));
+    const text = Object.values(calls).map(written).join();
     if (this.key === key && text === this.text) return;
     const isNewSubject = this.key !== key;
     Object.assign(this, { key, text });
@@ -66,14 +69,18 @@ export class Poll {
     this.polls += 1;
     const isDue = (name) => this.polls % (this.calls[name][2] ?? 1) === 0 && !isLarge(this.answers[name]);
     const names = Object.keys(this.calls).filter((name) => !isByItself || this.failures > 0 || isDue(name));
+    const calls = names.map((name) => this.calls[name]);
+    const asked = calls.map(written);
     try {
-      const answers = await batch(names.map((name) => this.calls[name]), signal);
+      const answers = await batch(calls, signal);
       if (signal.aborted) return null;
       const passing = answers.find((answer) => answer instanceof CallError && answer.isPassing);
       names.forEach((name, n) => {
         // What was known before stays, marked as old, where it cannot be had now.
         const isPassing = answers[n] instanceof CallError && answers[n].isPassing;
-        if (!isPassing) this.answers[name] = answers[n];
+        if (isPassing) return;
+        this.answers[name] = answers[n];
+        this.askedWith[name] = asked[n];
       });
       this.needsToken = null;
       if (passing) return this.pauseFor(passing.message, passing.retryAfter);
@@ -97,6 +104,8 @@ export class Poll {
   }
 
   pauseFor(reason, retryAfter) {
+    // Old answers stay, but not those to another question than the one that is asked now: another search, another status.
+    this.answers = Object.fromEntries(Object.entries(this.answers).filter(([name]) => !(name in this.calls) || this.askedWith[name] === written(this.calls[name])));
     const doubled = Math.min(LONGEST_PAUSE_MS, 1_000 * 2 ** this.failures);
     this.failures += 1;
     const pause = Math.max(retryAfter * 1_000, doubled) * (0.8 + 0.4 * Math.random());

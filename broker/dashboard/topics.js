@@ -22,7 +22,7 @@ const TOPIC_COLUMNS = [
   { name: "Delivery" },
   { name: "Subscriptions", isNumber: true },
   { name: "Stored messages", isNumber: true },
-  { name: "Created" },
+  { name: "Created", isWide: true },
 ];
 
 export function Topics({ route, answers }) {
@@ -46,8 +46,10 @@ export function Topics({ route, answers }) {
     ${topics && !page && html`<${Refusal} error=${topics} />`}
     <${Table} caption="Topics by name" columns=${TOPIC_COLUMNS} rows=${rows} empty=${page ? "There is no topic that you may see." : "Asking the broker …"} />
     ${!name && html`<${TopicPager} params=${params} next=${page?.next} />`}
-    <h2>${name ? "Its subscriptions" : "Subscriptions"}</h2>
-    <${Subscriptions} answer=${subscriptions} route=${route} />
+    <section class="list" aria-labelledby="subscriptions-title">
+      <h2 id="subscriptions-title">${name ? "Its subscriptions" : "Subscriptions"}</h2>
+      <${Subscriptions} answer=${subscriptions} route=${route} />
+    </section>
   </div>`;
 }
 
@@ -58,7 +60,7 @@ function TopicPager({ params, next }) {
   return html`<${Pager} previous=${params.topics_after ? at("") : null} next=${next ? at(next) : null} what="topics" />`;
 }
 
-const COLUMNS = [{ name: "Subscription" }, { name: "Topic" }, { name: "State" }, { name: "Goes to" }, { name: "Filter" }];
+const COLUMNS = [{ name: "Subscription" }, { name: "Topic" }, { name: "State" }, { name: "Goes to", isWide: true }, { name: "Filter", isWide: true }];
 
 const STATES = {
   active: ["good", "Gets what is published"],

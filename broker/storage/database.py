@@ -16,7 +16,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from uuid import uuid4
 from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
@@ -24,6 +23,7 @@ from psycopg import AsyncConnection
 from psycopg.errors import Diagnostic
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
+from broker import requests
 from broker.errors import BrokerError, InternalError, Overloaded, Unavailable
 from broker.storage import durability, outcomes, sessions
 from broker.storage.breaker import Breaker
@@ -430,7 +430,7 @@ def translate(error: psycopg.Error, *, is_sent: bool, is_write: bool) -> BrokerE
     """Return the error that a caller gets for an error of the database: see `outcomes`."""
     failure = failure_of(error, is_sent=is_sent)
     if failure.answer is InternalError:
-        request_id = uuid4().hex[:12]
+        request_id = requests.current_or_new()
         log.error("database refused a statement sqlstate=%s request_id=%s", error.sqlstate, request_id, exc_info=error)
         return failure.error(is_write=is_write, request_id=request_id)
     if failure.answer is Unavailable:

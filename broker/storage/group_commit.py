@@ -19,10 +19,11 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
-from uuid import uuid4
 
+from broker import requests
 from broker.errors import BrokerError, InternalError
 from broker.storage import outcomes
 from broker.storage.database import Connection, Database
@@ -228,7 +229,8 @@ class GroupCommit(Generic[C, R]):
         return batch
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+        # A statement carries the calls of many requests: what it logs is under the id of none of them.
+        task = asyncio.create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -279,7 +281,7 @@ class GroupCommit(Generic[C, R]):
             self._fail(batch, error)
             return
         except Exception:
-            failure = InternalError(outcome="unknown", request_id=uuid4().hex[:12])
+            failure = InternalError(outcome="unknown", request_id=requests.new_id())
             log.exception("statement failed request_id=%s", failure.extra["request_id"])
             self._fail(batch, failure)
             return

@@ -38,6 +38,21 @@ def test_the_database_goes_away_and_comes_back_and_the_page_follows_without_bein
     assert page.evaluate("window.isTheSamePage") is True
 
 
+def test_while_the_broker_is_away_nothing_is_shown_as_an_answer_to_another_question(
+    broker: Broker, dashboard: Dashboard
+) -> None:
+    stock(broker)
+    page = dashboard.open("#/queues/orders")
+    expect(page.get_by_role("article")).to_have_count(20)
+    page.route("**/rpc", lambda route: route.abort())
+    page.get_by_role("link", name="Leased").click()
+    expect(page.get_by_role("alert").filter(has_text=BANNER)).to_be_visible()
+    expect(page.get_by_role("article")).to_have_count(0)
+    expect(dashboard.figure("Ready")).to_have_text("32")
+    page.unroute_all()
+    expect(page.get_by_role("article")).to_have_count(5)
+
+
 def test_the_broker_stops_and_another_one_serves_on_its_port(
     broker: Broker, start_broker: StartBroker, open_dashboard: OpenDashboard
 ) -> None:

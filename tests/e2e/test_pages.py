@@ -128,6 +128,38 @@ def test_ten_thousand_queues_are_paged_and_searched_on_the_server(
     expect(rows).to_have_count(50)
 
 
+def test_a_search_that_is_left_does_not_call_back(broker: Broker, dashboard: Dashboard) -> None:
+    """What was typed last is sent a moment later, unless one has gone elsewhere meanwhile."""
+    page = dashboard.page
+    page.clock.install()
+    dashboard.open()
+    page.get_by_role("searchbox").fill("def")
+    page.get_by_role("link", name="Topics").click()
+    dashboard.heading("Topics")
+    page.clock.run_for(1_000)
+    dashboard.heading("Topics")
+    assert page.url.endswith("#/topics")
+
+
+def test_typing_moves_nothing_and_the_next_page_begins_at_the_top_of_its_list(
+    broker: Broker, open_dashboard: OpenDashboard
+) -> None:
+    with psycopg.connect(broker.database_url, autocommit=True) as connection:
+        connection.execute("INSERT INTO broker.queues (name) SELECT 'q' || n FROM generate_series(1, 120) n")
+    dashboard = open_dashboard(broker, viewport=PHONE)
+    page = dashboard.open()
+    search = page.get_by_role("searchbox")
+    search.scroll_into_view_if_needed()
+    page.evaluate("scrollTo(0, 500)")
+    search.press_sequentially("q")
+    expect(page.get_by_role("rowheader", name="default")).to_have_count(0)
+    assert page.evaluate("scrollY") == 500
+    expect(search).to_be_focused()
+    page.get_by_role("link", name="Next").click()
+    expect(page.get_by_role("rowheader", name="q100", exact=True)).to_have_count(0)
+    expect(search).to_be_in_viewport()
+
+
 def test_dead_letter_queues_can_be_seen_alone(broker: Broker, dashboard: Dashboard) -> None:
     stock(broker)
     page = dashboard.open()
