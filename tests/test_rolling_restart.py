@@ -69,6 +69,7 @@ async def test_brokers_are_replaced_one_by_one_and_no_producer_has_an_error(data
             # The other one alone carries them on.
             while (await call(pair, "count_messages", queue="default"))["total"] == before["total"]:
                 await asyncio.sleep(0.01)
+                _ = [each.result() for each in producers if each.done()]  # raises what a producer had
             await pair.start(place)
         over.set()
         sent = sum(await asyncio.gather(*producers))
