@@ -17,7 +17,6 @@ import structlog
 
 from broker import requests
 
-
 # By the text that stands in the code, and never by a value, which may look like a pair itself.
 _PAIRS = re.compile(r"(?: \w+=%[sdr])+\Z")
 
