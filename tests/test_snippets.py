@@ -103,7 +103,7 @@ def addresses(page: str, conninfo: str, new_name: str) -> dict[str, str]:
 
 
 # What is there already where a page is read.
-PREPARED = {"docs/operations.md": "CREATE TABLE orders (id int PRIMARY KEY, state text)"}
+PREPARED = {"docs/howto/send-in-a-transaction.md": "CREATE TABLE orders (id int PRIMARY KEY, state text)"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and to_run(page)])
