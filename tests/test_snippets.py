@@ -37,6 +37,7 @@ NOT_RUN = {
     ("docs/operations.md", "pg_dump "): "test_backup.py",
     ("docs/operations.md", "pg_restore "): "test_backup.py",
     ("docs/tutorial.md", "python3 -m venv "): "loads packages: `make first-minute`",
+    ("README.md", "pip install "): "loads packages: `make first-minute`",
     ("README.md", "make demo "): "steps of CI",
     ("README.md", "make test "): "steps of CI",
 }
