@@ -19,6 +19,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from broker.errors import BrokerError, Overloaded
@@ -151,11 +152,12 @@ class WaitingRoom:
         *,
         at_most_once: bool = False,
         takes_place: bool = True,
+        while_allowed: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> Delivery:
         """Take messages; where there are none, wait up to `wait` seconds. Raises QueueNotFound, Overloaded.
 
         Who comes when others wait already does not look first: they have found nothing, and it would be theirs. A
-        consumer of the broker's own takes no place from its clients.
+        consumer of the broker's own takes no place from its clients. What `while_allowed` raises ends the wait.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
@@ -177,7 +179,8 @@ class WaitingRoom:
                     if takes_place and not has_place:
                         self._take_place()
                         has_place = True
-                    await asyncio.wait({waiter}, timeout=until - loop.time())
+                    async with while_allowed():  # and not while it takes: what is taken at most once would be lost
+                        await asyncio.wait({waiter}, timeout=until - loop.time())
                     is_woken = waiter.done()
                     if self._is_closing or (has_looked and not is_woken):
                         return delivery

@@ -459,6 +459,25 @@ async def test_a_token_counts_at_once_and_not_after_it_is_revoked_or_has_expired
             await asyncio.sleep(0.05)
 
 
+async def test_a_call_that_waits_ends_when_its_token_counts_no_more_and_takes_nothing(
+    world: World, connection: Connection
+) -> None:
+    token = await tokens.create(connection, "ada", EVERYTHING, None)
+    server = world.broker.server
+    await server.auth.refresh()
+    waits = [asyncio.create_task(world.answer(token, "dequeue", queue=f"{OWN}.empty", wait=60)) for _ in range(3)]
+    stays = asyncio.create_task(world.answer(world.boss_token, "dequeue", queue=f"{OWN}.empty", wait=60))
+    async with asyncio.timeout(30):
+        while server.waiting.waiting < 4:
+            await asyncio.sleep(0.01)
+        await tokens.revoke(connection, "ada")
+        assert [error_type(each) for each in await asyncio.gather(*waits)] == ["forbidden"] * 3
+        assert server.waiting.waiting == 1
+        stored = await world.boss("enqueue", queue=f"{OWN}.empty", body="for others")
+        (message,) = (await stays)["result"]["messages"]
+    assert message["message_id"] == stored["message_id"]
+
+
 async def test_nobody_is_let_in_by_what_was_known_too_long_ago(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     token = await world.token("boss", EVERYTHING)
     broker_auth = world.broker.server.auth
