@@ -16,7 +16,7 @@ import hmac
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -171,6 +171,8 @@ class Auth:
         self._reading: asyncio.Task[None] | None = None
         # When counting began, and how many failures there were since; the oldest address first.
         self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        # Told when a token is needed where none was before: who was let in without one may still be here.
+        self.became_required: Callable[[], None] = lambda: None
 
     @property
     def is_required(self) -> bool:
@@ -204,7 +206,9 @@ class Auth:
         if self._read_at > float("-inf"):
             self._tell_of_changes(before)
         self._let_in.clear()
-        self._is_required = self._is_required or were_ever
+        if were_ever and not self._is_required:
+            self._is_required = True
+            self.became_required()
         self._read_at = asked_at
 
     def _tell_of_changes(self, before: Mapping[str, Caller]) -> None:

@@ -172,6 +172,7 @@ class Server:
             max_failures=settings.max_failed_logins,
             limits=CallLimits(settings.max_calls_per_token, settings.max_call_rate_per_token),
         )
+        self.auth.became_required = self.waiting.send_away
         self.rpc = Rpc(
             compile_methods(document),
             self.methods.by_name(),

@@ -459,6 +459,23 @@ async def test_a_token_counts_at_once_and_not_after_it_is_revoked_or_has_expired
             await asyncio.sleep(0.05)
 
 
+async def test_who_waits_without_a_token_is_sent_away_when_the_first_one_is_made(
+    start_broker: StartBroker, connection: Connection
+) -> None:
+    broker = await start_broker()
+    waits = [asyncio.create_task(answer(broker, None, "dequeue", wait=60)) for _ in range(3)]
+    async with asyncio.timeout(30):
+        while broker.server.waiting.waiting < 3:
+            await asyncio.sleep(0.01)
+        token = await tokens.create(connection, "ada", EVERYTHING, None)
+        answers = await asyncio.gather(*waits)
+    assert [(each["status"], each["result"]) for each in answers] == [(200, {"messages": []})] * 3
+    stays = asyncio.create_task(answer(broker, token, "dequeue", wait=60))
+    stored = await answer(broker, token, "enqueue", body=1)
+    (message,) = (await stays)["result"]["messages"]
+    assert message["message_id"] == stored["result"]["message_id"]
+
+
 async def test_a_call_that_waits_ends_when_its_token_counts_no_more_and_takes_nothing(
     world: World, connection: Connection
 ) -> None:
