@@ -215,6 +215,25 @@ async def test_a_subscription_of_a_topic_that_may_not_be_managed_is_as_one_that_
     assert len((await world.boss("list_subscriptions", topic=OTHER))["subscriptions"]) == 1
 
 
+async def test_errors_do_not_name_what_the_caller_may_not_know(world: World) -> None:
+    """A foreign queue subscribes to a topic that he publishes to, and sends its dead letters to a queue of his."""
+    await world.boss("create_queue", queue="secret", max_messages=1, dead_letter_queue=f"{OWN}.empty", max_receives=1)
+    await world.boss("create_topic", topic="own.news")
+    await world.boss("subscribe", topic="own.news", name="one", queue="secret")
+    await world.boss("subscribe", topic="own.news", name="two", queue=f"{OWN}.gone")
+    calls: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        (SEND, "publish", {"topic": "own.news", "body": "x" * 5000}),
+        (MANAGE, "delete_queue", {"queue": f"{OWN}.empty"}),
+    )
+    for verb, method, params in calls:
+        told = [await world.answer(token, method, **params) for token in (await world.of_kind(verb), world.boss_token)]
+        assert [error_type(each) for each in told] == [error_type(told[1])] * 2
+        assert ["secret" in json.dumps(each) for each in told] == [False, True]
+        assert told[0]["error"]["data"].keys() == told[1]["error"]["data"].keys()
+    in_use = await world.answer(await world.of_kind(MANAGE), "delete_queue", queue=f"{OWN}.gone")
+    assert "own.news" in in_use["error"]["message"], "what he may manage is named"
+
+
 async def test_a_dead_letter_queue_must_be_one_that_may_be_managed(world: World) -> None:
     token = await world.of_kind(MANAGE)
     for method, params in (
