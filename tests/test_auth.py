@@ -548,8 +548,11 @@ async def test_failed_logins_from_an_address_are_throttled_and_good_ones_never(
     assert (await post(good))[0] == 200
     assert (await post("bad", "192.0.2.7"))[0] == 401, "another address, as a proxy says that is believed"
     assert (await post("bad", "192.0.2.9, 127.0.0.1"))[0] == 401, "what a client says before its proxy is not"
+    for forwarded in ("192.0.2.7:4711", "192.0.2.7, 127.0.0.2:81", "[2001:db8::7]:4711", "2001:db8::7"):
+        assert (await post("bad", forwarded))[0] == 401, "some proxies name the port as well"
     known = broker.server.auth._failures
-    assert list(known) == ["127.0.0.1", "192.0.2.7", "192.0.2.9"]
+    counted = {address: failures for address, (_, failures) in known.items()}
+    assert counted == {"127.0.0.1": 3, "192.0.2.7": 3, "192.0.2.9": 1, "2001:db8::7": 2}
     known["127.0.0.1"] = (known["127.0.0.1"][0] - auth.THROTTLE_SECONDS - 1, 3)
     assert (await post("bad"))[0] == 401, "a minute has passed"
 
