@@ -206,8 +206,9 @@ class Auth:
         if self._read_at > float("-inf"):
             self._tell_of_changes(before)
         self._let_in.clear()
-        if were_ever and not self._is_required:
-            self._is_required = True
+        was_required = self._is_required
+        self._is_required = self._is_required or were_ever
+        if self._is_required and not was_required:
             self.became_required()
         self._read_at = asked_at
 
