@@ -638,7 +638,8 @@ async def test_colours_are_for_terminals_alone_and_for_nobody_who_said_no(
     assert "\x1b" not in await done(broker, "topics")
     assert green in (await asyncio.to_thread(on_a_terminal, broker, "topics"))[0]
     monkeypatch.setenv("NO_COLOR", "1")
-    assert green not in (await asyncio.to_thread(on_a_terminal, broker, "topics"))[0]
+    for words in (["topics"], ["queues"], ["doctor"]):
+        assert "\x1b" not in (await asyncio.to_thread(on_a_terminal, broker, *words))[0]
 
 
 COMMANDS = (
