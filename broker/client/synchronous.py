@@ -13,7 +13,8 @@ import asyncio
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
+from queue import SimpleQueue
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 
 from broker.client.client import DEFAULT_URL, Client
 from broker.client.consumer import Consumer
@@ -131,9 +132,27 @@ class SyncClient:
             if self._loop is None:
                 raise RuntimeError("The client is not open: use `with SyncClient(...) as client`.")
             raise RuntimeError("A coroutine of this client's own loop cannot wait for it: use Client there.")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        loop, answer, tasks = (
+            self._loop,
+            SimpleQueue[tuple[R | None, BaseException | None]](),
+            list[asyncio.Task[None]](),
+        )
+
+        async def deliver() -> None:
+            try:
+                result = await work
+            except BaseException as error:
+                answer.put((None, error))
+            else:
+                answer.put((result, None))
+
+        # Not by a future: Ctrl-C between two steps of its lock, which are Python's, leaves that locked for ever.
+        loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(deliver())))
         try:
-            return future.result()
+            result, error = answer.get()
         except BaseException:
-            future.cancel()
+            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
             raise
+        if error is not None:
+            raise error
+        return cast(R, result)
