@@ -28,7 +28,8 @@ def call_ended(call: Call, schema: MethodSchema, params: Mapping[str, Any], outc
     about = {name: params[name] for name in SHOWN if isinstance(params.get(name), str)}
     caller = NOBODY if call.caller is None else call.caller.name
     pairs = "".join(f" {name}=%s" for name in about)
-    log.info(f"%s caller=%s address=%s{pairs} outcome=%s", schema.name, caller, call.address, *about.values(), outcome)
+    address = call.address()
+    log.info(f"%s caller=%s address=%s{pairs} outcome=%s", schema.name, caller, address, *about.values(), outcome)
 
 
 def command_line(command: str, outcome: str, **about: object) -> str:
