@@ -145,7 +145,7 @@ class Entrance:
         for each in reversed(",".join(request.headers.getall("X-Forwarded-For", [])).split(",")):
             if not any(is_in(address, network) for network in self._proxies) or not each.strip():
                 break
-            address = each.strip()
+            address = without_port(each.strip())
         return address
 
     def _is_host_allowed(self, host: str | None) -> bool:
@@ -175,6 +175,11 @@ def host_name(host: str) -> str:
 def is_identity(encodings: Iterable[str]) -> bool:
     """Whether what Content-Encoding says is that nothing was done to the body."""
     return all(each.strip().lower() == "identity" for each in encodings)
+
+
+def without_port(address: str) -> str:
+    """Return an address of X-Forwarded-For without the port that some proxies write behind it."""
+    return host_name(address) if address.startswith("[") or address.count(":") == 1 else address
 
 
 def is_json(content_type: str) -> bool:
