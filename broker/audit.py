@@ -32,7 +32,7 @@ def call_ended(call: Call, schema: MethodSchema, params: Mapping[str, Any], outc
     pairs = "".join(f" {name}=%s" for name in about)
     level = logging.WARNING if outcome == Forbidden.type else logging.INFO
     said = f"%s caller=%s address=%s{pairs} outcome=%s"
-    log.log(level, said, schema.name, caller, call.address, *about.values(), outcome)
+    log.log(level, said, schema.name, caller, call.address(), *about.values(), outcome)
 
 
 def command_line(command: str, outcome: str, **about: object) -> str:

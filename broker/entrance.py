@@ -8,10 +8,11 @@ error.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from broker import audit, requests
 from broker.auth import Auth, Caller, Throttled, Unauthorized
@@ -73,7 +74,7 @@ class Entrance:
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse what no route should see, and give every refusal the body of a JSON-RPC error."""
         requests.begin(request.headers.get(requests.HEADER))
-        if not self._is_host_allowed(request.headers.get("Host")):
+        if not self._is_host_allowed(request.headers.get(hdrs.HOST)):
             reason = "the Host header names another server; add the name with --allowed-host"
             return refuse(421, InvalidRequest(reason=reason))
         origin = request.headers.get("Origin") if self._origins else None
@@ -102,17 +103,20 @@ class Entrance:
             # Many clients send head and body apart, and take an answer that comes between for a broken connection.
             await read_body(request, self._limits)
             return unavailable(Unavailable(reason="This broker is being stopped, its database is fine"))
-        if any(each.strip().lower() != "identity" for each in request.headers.getall("Content-Encoding", [])):
+        headers = request.headers
+        if hdrs.CONTENT_ENCODING in headers and not is_identity(headers.getall(hdrs.CONTENT_ENCODING)):
             return refuse(415, InvalidRequest(reason="bodies are not compressed; leave Content-Encoding away"))
-        if not is_json(request.headers.get("Content-Type", "")):
+        if not is_json(headers.get(hdrs.CONTENT_TYPE, "")):
             return refuse(415, InvalidRequest(reason="the Content-Type must be application/json"))
-        caller = self._auth.known(request.headers.get("Authorization"))
-        if caller is None:
-            try:
-                caller = await self._identify(request)
-            except RefusedLogin as error:
-                return error.response
-        return await self._rpc.handle(request, caller, self._address(request))
+        caller = None
+        if self._auth.is_required:
+            caller = self._auth.known(headers.get(hdrs.AUTHORIZATION))
+            if caller is None:
+                try:
+                    caller = await self._identify(request)
+                except RefusedLogin as error:
+                    return error.response
+        return await self._rpc.handle(request, caller, partial(self._address, request))
 
     async def _identify(self, request: web.Request) -> Caller | None:
         """Return who calls. Raises RefusedLogin where he needs a token and has none that counts."""
@@ -166,6 +170,11 @@ def host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].split("]")[0]
     return host.rsplit(":", 1)[0] if ":" in host else host
+
+
+def is_identity(encodings: Iterable[str]) -> bool:
+    """Whether what Content-Encoding says is that nothing was done to the body."""
+    return all(each.strip().lower() == "identity" for each in encodings)
 
 
 def without_port(address: str) -> str:

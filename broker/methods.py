@@ -173,7 +173,7 @@ class Methods:
         return {"messages": taken.messages}
 
     async def delete(self, call: Call, receipt: str) -> dict[str, Any]:
-        (deleted,) = await self.calls.delete([lease_of(receipt)])
+        (deleted,) = await self.calls.delete([call.lease or lease_of(receipt)])
         if isinstance(deleted, BrokerError):
             raise deleted
         self.metrics.deleted.inc(deleted)
@@ -191,7 +191,7 @@ class Methods:
         }
 
     async def extend_visibility(self, call: Call, receipt: str, visibility_timeout: float) -> dict[str, Any]:
-        (extended,) = await self._extend([lease_of(receipt)], visibility_timeout)
+        (extended,) = await self._extend([call.lease or lease_of(receipt)], visibility_timeout)
         if isinstance(extended, BrokerError):
             raise extended
         return {"visible_at": timestamp(extended.visible_at)}

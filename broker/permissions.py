@@ -49,16 +49,17 @@ class Permissions:
             value = params[param]
             if param in ("queue", "topic") and type(value) is str and caller.may(verb, value):
                 return None
-            if param == "receipt" and self._is_of_known_queue(caller, verb, value):
+            if param == "receipt" and self._is_of_known_queue(caller, verb, call, value):
                 return None
         return self._look(caller, verb, call, schema, params)
 
-    def _is_of_known_queue(self, caller: Caller, verb: str, receipt: str) -> bool:
+    def _is_of_known_queue(self, caller: Caller, verb: str, call: Call, receipt: str) -> bool:
         """Whether a receipt is of a queue whose name is known, and that the caller may use."""
         try:
-            name = self._queue_names.get(lease_of(receipt).queue_id)
+            call.lease = lease_of(receipt)
         except BrokerError:
             return False
+        name = self._queue_names.get(call.lease.queue_id)
         return name is not None and caller.may(verb, name)
 
     async def _look(

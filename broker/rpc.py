@@ -45,6 +45,7 @@ from broker.errors import (
     ParseError,
     error_answer,
 )
+from broker.model import Lease
 from broker.nesting import has_more_elements, is_deeper
 from broker.schema import NO_PARAMS, MethodSchema, SchemaError
 
@@ -63,15 +64,22 @@ _NULL = Raw(b"null")
 _NOTHING = Raw(b"")
 
 
-@dataclass
+def nowhere() -> str:
+    """Return the address of a caller who has none."""
+    return ""
+
+
+@dataclass(slots=True)
 class Call:
     """What a method may know of the request that it serves."""
 
     is_notification: bool = False
     undo: list[Callable[[], None]] = field(default_factory=list)
-    # Who calls, None where nobody needs a token, and from where.
+    # Who calls, None where nobody needs a token, and from where: few calls ask.
     caller: Caller | None = None
-    address: str = ""
+    address: Callable[[], str] = nowhere
+    # The lease of the call's receipt, where it was looked at already.
+    lease: Lease | None = None
     # Of a list of receipts those whose queues the caller may not receive from.
     barred_queues: frozenset[int] = frozenset()
 
@@ -166,7 +174,9 @@ class Rpc:
         """How many calls are not answered yet."""
         return self._in_flight
 
-    async def handle(self, request: web.Request, caller: Caller | None = None, address: str = "") -> web.StreamResponse:
+    async def handle(
+        self, request: web.Request, caller: Caller | None = None, address: Callable[[], str] = nowhere
+    ) -> web.StreamResponse:
         """Answer one HTTP request whose headers have been found good."""
         text = await read_body(request, self._limits)
         undo: list[Callable[[], None]] = []
@@ -189,7 +199,11 @@ class Rpc:
         return response
 
     async def answer(
-        self, text: bytes, undo: list[Callable[[], None]], caller: Caller | None = None, address: str = ""
+        self,
+        text: bytes,
+        undo: list[Callable[[], None]],
+        caller: Caller | None = None,
+        address: Callable[[], str] = nowhere,
     ) -> bytes | None:
         """Return the JSON-RPC answer to a request's text, None where there is nothing to answer.
 

@@ -54,7 +54,7 @@ class Tally:
             row = self._new_row(key)
         row[kind] += messages
 
-    def add_all(self, kind: int, messages: Mapping[str, int]) -> None:
+    def add_all(self, kind: int, messages: Mapping[str, int] | Mapping[int, int]) -> None:
         """Count messages of several queues, now."""
         for queue, number in messages.items():
             self.add(queue, kind, number)

@@ -515,6 +515,14 @@ async def test_a_delivery_shows_the_message_with_all_its_fields(broker: Broker) 
     assert seconds_between(message["first_received_at"], message["visible_at"]) == 30
 
 
+@pytest.mark.parametrize("senders", [[None, "ö", None], ["a", "b", "ö"], [None, None]])
+async def test_messages_that_are_stored_together_keep_each_its_own_sender(
+    broker: Broker, senders: list[str | None]
+) -> None:
+    await broker.call("enqueue_batch", messages=[{"body": 1, "sender": sender} for sender in senders])
+    assert [message["sender"] for message in await take(broker, 10)] == senders
+
+
 async def test_a_body_comes_back_in_the_very_bytes_that_were_sent(broker: Broker) -> None:
     for body in (
         b"1.0", b"1e400", b"123456789012345678901234567890", b'"\\u0000"', b'{"a":1,"a":2}', b'{ "b" : [ 1 ,2 ]}'

@@ -151,9 +151,11 @@ class Calls:
 
     async def _store(self, connection: Connection, calls: Sequence[EnqueueCall]) -> list[Stored | BrokerError | Again]:
         results = await _enqueue(connection, calls)
+        new: dict[str, int] = {}
         for call, result in zip(calls, results, strict=True):
             if isinstance(result, Stored):
-                self._tally.add(call.queue, ENQUEUED, len(result.ids) - len(result.duplicates))
+                new[call.queue] = new.get(call.queue, 0) + len(result.ids) - len(result.duplicates)
+        self._tally.add_all(ENQUEUED, new)
         return results
 
     async def _copy(
@@ -175,9 +177,11 @@ class Calls:
         deleted = await leases.delete(connection, held, ages)
         if ages:
             self._watch_ages(ages)
+        gone: dict[int, int] = {}
         for lease, is_deleted in zip(held, deleted, strict=True):
             if is_deleted is True:
-                self._tally.add(lease.queue_id, DELETED)
+                gone[lease.queue_id] = gone.get(lease.queue_id, 0) + 1
+        self._tally.add_all(DELETED, gone)
         results = iter(deleted)
         return [[next(results) for _ in each] for each in calls]
 

@@ -21,7 +21,7 @@ from broker.storage.binary import Int4Array, TextArray
 from broker.storage.database import Connection, one_line
 from broker.storage.group_commit import AGAIN, Again
 from broker.storage.notifications import News
-from broker.storage.storing import COUNTED_MAX_MESSAGES, SIZE, fetch, none_if_all_are
+from broker.storage.storing import COUNTED_MAX_MESSAGES, SIZE, fetch, none_if_all_are, senders_of
 
 # For how many seconds an idempotency key of a topic is remembered: as long as one of a queue that does not say.
 IDEMPOTENCY_WINDOW = 300.0
@@ -318,7 +318,7 @@ def _params(calls: Sequence[PublishCall]) -> dict[str, Any]:
         "targets": Int4Array(targets),
         "bodies": TextArray(bodies),
         "headers": none_if_all_are([message.headers for message in messages]),
-        "senders": none_if_all_are([message.sender for message in messages]),
+        "senders": senders_of(messages),
         "delays": none_if_all_are([message.delay for message in messages]),
         "ttls": none_if_all_are([message.ttl for message in messages]),
         "keys": none_if_all_are([message.idempotency_key for message in messages]),

@@ -188,7 +188,7 @@ def params_of(calls: Sequence[EnqueueCall]) -> dict[str, Any]:
         "places": Int4Array(places),
         "bodies": TextArray([message.body.encode() for message in new]),
         "headers": none_if_all_are([message.headers for message in new]),
-        "senders": none_if_all_are([message.sender for message in new]),
+        "senders": senders_of(new),
         "delays": none_if_all_are([message.delay for message in new]),
         "ttls": none_if_all_are([message.ttl for message in new]),
         "counted_max_messages": COUNTED_MAX_MESSAGES,
@@ -205,6 +205,13 @@ async def fetch(connection: Connection, statement: str, params: dict[str, Any]) 
 def none_if_all_are(values: list[Any]) -> list[Any] | None:
     """Return what unnest fills up with NULLs by itself."""
     return None if all(value is None for value in values) else values
+
+
+def senders_of(new: Sequence[NewMessage]) -> TextArray | list[str | None] | None:
+    """Return the senders as they are sent to PostgreSQL: quickest where all have one, as with tokens, or none has."""
+    senders = [message.sender for message in new]
+    known = [sender.encode() for sender in senders if sender is not None]
+    return TextArray(known) if len(known) == len(senders) else none_if_all_are(senders)
 
 
 def delays_of(calls: Sequence[EnqueueCall], delays: Sequence[float]) -> dict[str, float]:
