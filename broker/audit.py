@@ -1,7 +1,8 @@
 """The audit log: who has administered, and who was refused, one line each.
 
 A line says who (the token's name), from where, what (the method and the names that it was about) and what came of it.
-It has no bodies, receipts or tokens. It goes where the log goes, under a name of its own: `broker.audit`.
+It has no bodies, receipts or tokens. It goes where the log goes, under a name of its own, `broker.audit`: acts on the
+level info, refused access on warning.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from broker.errors import Forbidden
 from broker.rpc import Call
 from broker.schema import MethodSchema
 
@@ -28,7 +30,9 @@ def call_ended(call: Call, schema: MethodSchema, params: Mapping[str, Any], outc
     about = {name: params[name] for name in SHOWN if isinstance(params.get(name), str)}
     caller = NOBODY if call.caller is None else call.caller.name
     pairs = "".join(f" {name}=%s" for name in about)
-    log.info(f"%s caller=%s address=%s{pairs} outcome=%s", schema.name, caller, call.address, *about.values(), outcome)
+    level = logging.WARNING if outcome == Forbidden.type else logging.INFO
+    said = f"%s caller=%s address=%s{pairs} outcome=%s"
+    log.log(level, said, schema.name, caller, call.address, *about.values(), outcome)
 
 
 def command_line(command: str, outcome: str, **about: object) -> str:

@@ -4,9 +4,9 @@ Every process knows the tokens that count as of a second ago, by their ids; a ca
 constant time. Whoever shows no token that counts hears the same, after the same work, whether there is no such id, the
 secret is wrong, or it was revoked: the tokens are read anew first, so that one that was just made is known.
 
-Promises. What was revoked counts nowhere after five seconds, also where the database cannot be asked: then nobody is
-let in. Once there was a token, `auto` asks for one for good. Failures from one address are refused for a while when
-there were many; who shows a token that counts is never refused for the failures of others.
+Promises. What was revoked counts nowhere after five seconds: not for calls that wait, and not where the database cannot
+be asked, because nobody is let in then. Once there was a token, `auto` asks for one for good. Failures from one address
+are refused for a while when there were many; who shows a token that counts is never refused for the failures of others.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import hmac
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from broker.credentials import like, matches, read_token
-from broker.errors import BrokerError, Overloaded, Unavailable
+from broker.errors import BrokerError, Forbidden, Overloaded, Unavailable
 from broker.storage import tokens
 from broker.storage.database import Connection, Database
 from broker.storage.tokens import Grant, StoredToken
@@ -78,6 +79,9 @@ class Caller:
     _counted_at: float = float("-inf")
     # What was asked before, for names that are asked for again and again.
     _known: dict[tuple[str, str], bool] = field(default_factory=dict)
+    _counts_no_more: bool = False
+    # Of those calls that wait.
+    _waits: set[asyncio.Timeout] = field(default_factory=set)
 
     def begin(self) -> None:
         """Count a call that begins; `end` is to be called for it. Raises Overloaded."""
@@ -109,6 +113,28 @@ class Caller:
     def end(self) -> None:
         """Count a call that has ended."""
         self.in_flight -= 1
+
+    @asynccontextmanager
+    async def while_it_counts(self) -> AsyncIterator[None]:
+        """Let something wait as long as the token counts. Raises Forbidden when it counts no more."""
+        over = Forbidden(reason="The token was revoked, or has expired, while this call waited")
+        if self._counts_no_more:
+            raise over
+        try:
+            async with asyncio.timeout(None) as wait:
+                self._waits.add(wait)
+                try:
+                    yield
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError:
+            raise over from None
+
+    def call_off(self) -> None:
+        """End all that waits: the token counts no more."""
+        self._counts_no_more = True
+        for wait in self._waits:
+            wait.reschedule(0)
 
     def may(self, verb: str, name: str) -> bool:
         """Whether the token permits `send`, `receive` or `manage` for a name."""
@@ -145,6 +171,8 @@ class Auth:
         self._reading: asyncio.Task[None] | None = None
         # When counting began, and how many failures there were since; the oldest address first.
         self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        # Told when a token is needed where none was before: who was let in without one may still be here.
+        self.became_required: Callable[[], None] = lambda: None
 
     @property
     def is_required(self) -> bool:
@@ -178,16 +206,23 @@ class Auth:
         if self._read_at > float("-inf"):
             self._tell_of_changes(before)
         self._let_in.clear()
+        was_required = self._is_required
         self._is_required = self._is_required or were_ever
+        if self._is_required and not was_required:
+            self.became_required()
         self._read_at = asked_at
 
     def _tell_of_changes(self, before: Mapping[str, Caller]) -> None:
-        """Write down which tokens count since now, and which no more: who makes and revokes them is not here."""
+        """Write down which tokens count since now, and which no more, whose calls do not wait any longer.
+
+        Who makes and revokes them is not here.
+        """
         now = {token_id: caller for token_id, (_, caller) in self._callers.items()}
         for token_id in now.keys() - before.keys():
-            audit_log.info("token_counts name=%s token_id=%s outcome=ok", now[token_id].name, token_id)
+            audit_log.info("token_counts name=%s token_id=%s outcome=%s", now[token_id].name, token_id, "ok")
         for token_id in before.keys() - now.keys():
-            audit_log.info("token_counts_no_more name=%s token_id=%s outcome=ok", before[token_id].name, token_id)
+            before[token_id].call_off()
+            audit_log.info("token_counts_no_more name=%s token_id=%s outcome=%s", before[token_id].name, token_id, "ok")
 
     def _caller(self, before: Caller | None, token: StoredToken) -> Caller:
         """Return who has a token: him who was known before, whose calls are counted."""

@@ -141,7 +141,7 @@ class Entrance:
         for each in reversed(",".join(request.headers.getall("X-Forwarded-For", [])).split(",")):
             if not any(is_in(address, network) for network in self._proxies) or not each.strip():
                 break
-            address = each.strip()
+            address = without_port(each.strip())
         return address
 
     def _is_host_allowed(self, host: str | None) -> bool:
@@ -166,6 +166,11 @@ def host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].split("]")[0]
     return host.rsplit(":", 1)[0] if ":" in host else host
+
+
+def without_port(address: str) -> str:
+    """Return an address of X-Forwarded-For without the port that some proxies write behind it."""
+    return host_name(address) if address.startswith("[") or address.count(":") == 1 else address
 
 
 def is_json(content_type: str) -> bool:

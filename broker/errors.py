@@ -38,12 +38,12 @@ class BrokerError(Exception):
 
     @property
     def data(self) -> dict[str, Any]:
-        """The `data` member of the JSON-RPC error; a `reason` is in the message already."""
+        """The `data` member of the JSON-RPC error; a `reason` is in the message already, and so are `senders`."""
         return {
             "type": self.type,
             "retryable": self.retryable,
             "outcome": self.outcome,
-            **{name: value for name, value in self.extra.items() if name != "reason"},
+            **{name: value for name, value in self.extra.items() if name not in ("reason", "senders")},
         }
 
     def copy(self) -> BrokerError:

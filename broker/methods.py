@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,7 +160,12 @@ class Methods:
         if call.is_notification:
             return {"messages": []}
         taken = await self.waiting.dequeue(
-            queue, max_messages, visibility_timeout, wait, at_most_once=delivery == "at_most_once"
+            queue,
+            max_messages,
+            visibility_timeout,
+            wait,
+            at_most_once=delivery == "at_most_once",
+            while_allowed=nullcontext if call.caller is None else call.caller.while_it_counts,
         )
         if taken.leases:
             call.undo.append(lambda: self.waiting.give_back_soon(queue, taken))

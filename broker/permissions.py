@@ -5,8 +5,8 @@ What a method needs stands in the schema: a verb (`x-permission`), and the param
 receipt to the queue it is of, a subscription to its topic.
 
 Promises. Nothing is told of what the caller may not know: a name is refused whether or not there is anything behind
-it, and so is a receipt; a subscription of a topic that he may not manage is not found. Lists are not refused but show
-what he may manage: see `methods`.
+it, and so is a receipt; a subscription of a topic that he may not manage is not found; errors name nothing but what
+he has named, or may use. Lists are not refused but show what he may manage: see `methods`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from broker.schema import MethodSchema
 from broker.storage import queues, subscriptions
 from broker.storage.database import Database
 
+VERBS = ("send", "receive", "manage")
 # Names of queues by their ids, which never change.
 MOST_QUEUES = 10_000
 
@@ -111,6 +112,25 @@ class Permissions:
         topic = await self._database.read(lambda connection: subscriptions.topic_of(connection, subscription_id))
         if topic is None or not caller.may(verb, topic):
             raise SubscriptionNotFound(subscription_id=subscription_id)
+
+
+def conceal(caller: Caller, params: Mapping[str, Any], error: BrokerError) -> BrokerError:
+    """Return an error that names no queue and no topic but those that the caller has named, or may use.
+
+    What he publishes goes to queues, and what he deletes is used by queues and topics, of which he need not know.
+    """
+    named, senders = error.extra.get("queue"), error.extra.get("senders", ())
+    unknown = [each for each in (named, *senders) if each is not None and not _may_know(caller, params, each)]
+    if not unknown:
+        return error
+    told = {"queue": "of a subscription" if named in unknown else named}
+    if senders:
+        told["reason"] = "something sends to it that the token does not permit to see"
+    return type(error)(outcome=error.outcome, index=error.index, counted_as=error.counted_as, **error.extra | told)
+
+
+def _may_know(caller: Caller, params: Mapping[str, Any], name: str) -> bool:
+    return name in params.values() or any(caller.may(verb, name) for verb in VERBS)
 
 
 def _forbid(permission: str, name: str | None) -> NoReturn:

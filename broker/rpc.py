@@ -78,6 +78,8 @@ class Call:
 Method = Callable[..., Awaitable[Any]]
 # Raises Forbidden where the caller may not do this; returns what has to be awaited before that is known, or None.
 Permit = Callable[[Call, MethodSchema, Mapping[str, Any]], Awaitable[None] | None]
+# Returns what may be told of an error to who called with these params.
+Conceal = Callable[[Caller, Mapping[str, Any], BrokerError], BrokerError]
 # Told of what somebody who administers has called, or somebody may not do, and what came of it: ok, or an error's type.
 Audit = Callable[[Call, MethodSchema, Mapping[str, Any], str], None]
 
@@ -125,6 +127,7 @@ class Rpc:
         watcher: Watcher | None = None,
         permit: Permit = nobody_is_asked,
         audit: Audit = lambda call, schema, params, outcome: None,
+        conceal: Conceal = lambda caller, params, error: error,
         *,
         max_nesting: int = MAX_NESTING,
         max_calls_in_flight: int = MAX_CALLS_IN_FLIGHT,
@@ -133,6 +136,7 @@ class Rpc:
         self._schemas = schemas
         self._permit = permit
         self._audit = audit
+        self._conceal = conceal
         self._limits = limits
         self._max_nesting = max_nesting
         self._max_in_flight = max_calls_in_flight
@@ -236,7 +240,7 @@ class Rpc:
             return result
         except BrokerError as error:
             outcome = error.type
-            raise
+            raise error if caller is None else self._conceal(caller, kwargs, error) from None
         finally:
             self._in_flight -= 1
             if caller is not None:

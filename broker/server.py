@@ -35,7 +35,7 @@ from broker.installation import EmbeddedError
 from broker.methods import Methods
 from broker.metrics import Metrics
 from broker.pages import Pages
-from broker.permissions import Permissions
+from broker.permissions import Permissions, conceal
 from broker.receivers import Receivers
 from broker.rpc import Rpc
 from broker.schema import compile_methods, load_document
@@ -172,6 +172,7 @@ class Server:
             max_failures=settings.max_failed_logins,
             limits=CallLimits(settings.max_calls_per_token, settings.max_call_rate_per_token),
         )
+        self.auth.became_required = self.waiting.send_away
         self.rpc = Rpc(
             compile_methods(document),
             self.methods.by_name(),
@@ -179,6 +180,7 @@ class Server:
             self.metrics,
             Permissions(self.database).permit,
             audit.call_ended,
+            conceal,
             max_nesting=settings.max_nesting,
             max_calls_in_flight=settings.max_calls_in_flight,
         )

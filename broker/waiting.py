@@ -19,6 +19,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from broker.errors import BrokerError, Overloaded
@@ -135,6 +136,8 @@ class WaitingRoom:
         self._look_soon = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._is_closing = False
+        # How often all who waited were sent away.
+        self._sent_away = 0
         self.tell_others: Callable[[News], None] = lambda _: None
 
     @property
@@ -151,15 +154,17 @@ class WaitingRoom:
         *,
         at_most_once: bool = False,
         takes_place: bool = True,
+        while_allowed: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> Delivery:
         """Take messages; where there are none, wait up to `wait` seconds. Raises QueueNotFound, Overloaded.
 
         Who comes when others wait already does not look first: they have found nothing, and it would be theirs. A
-        consumer of the broker's own takes no place from its clients.
+        consumer of the broker's own takes no place from its clients. What `while_allowed` raises ends the wait.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
         has_place = has_looked = is_woken = is_news = False
+        sent_away = self._sent_away
         try:
             while True:
                 delivery = NOTHING
@@ -177,9 +182,10 @@ class WaitingRoom:
                     if takes_place and not has_place:
                         self._take_place()
                         has_place = True
-                    await asyncio.wait({waiter}, timeout=until - loop.time())
+                    async with while_allowed():  # and not while it takes: what is taken at most once would be lost
+                        await asyncio.wait({waiter}, timeout=until - loop.time())
                     is_woken = waiter.done()
-                    if self._is_closing or (has_looked and not is_woken):
+                    if self._is_closing or self._sent_away > sent_away or (has_looked and not is_woken):
                         return delivery
                     if is_woken:
                         is_news = waiter.result()
@@ -344,6 +350,12 @@ class WaitingRoom:
         # Ready, and yet nobody could take it when they looked: locked for the moment.
         if line.wake_in(min(RETRY_SECONDS * 2**line.in_vain, LOOK_SECONDS) if line.in_vain else 0):
             line.in_vain = min(line.in_vain + 1, 10)
+
+    def send_away(self) -> None:
+        """Give everybody who waits an empty answer."""
+        self._sent_away += 1
+        for line in self._lines.values():
+            line.wake(len(line))
 
     def close(self) -> None:
         """Give everybody who waits an empty answer, and let nobody wait any more."""

@@ -54,7 +54,7 @@ METRICS_PROSE = f"""\
 `GET /metrics` serves these in the text format of Prometheus. Where tokens are needed it needs any one. Counters,
 histograms and most gauges are of the broker that answers, summed over its processes: sum them over brokers. What the
 database says (`wonderq_queue…`, `wonderq_subscriptions`, `wonderq_durability`) is the same whichever broker answers:
-take the maximum. Which of them to be woken by, and what to do then, is in [operations.md](operations.md#alerts).
+take the maximum. Which of them to be woken by, and what to do then, is in [alerts.md](alerts.md#alerts).
 
 No label has more than a fixed number of values: queues are the first 100 by name and one for the rest, methods and
 outcomes are those of the schema.

@@ -19,7 +19,7 @@ from test_metrics import promtool
 ROOT = Path(__file__).resolve().parent.parent
 RULES = ROOT / "docs" / "alerts.yml"
 UNIT_TESTS = ROOT / "tests" / "data" / "alerts_test.yml"
-OPERATIONS = (ROOT / "docs" / "operations.md").read_text("utf-8")
+PAGE = (ROOT / "docs" / "alerts.md").read_text("utf-8")
 
 Json = dict[str, Any]
 ALERTS: list[Json] = [rule for group in yaml.safe_load(RULES.read_text("utf-8"))["groups"] for rule in group["rules"]]
@@ -86,11 +86,11 @@ def test_an_alert_has_all_that_who_is_woken_needs(rule: Json) -> None:
     assert re.fullmatch(r"\d+[smh]", rule["for"])
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert rule["annotations"]["summary"].endswith(".")
-    assert rule["annotations"]["runbook_url"] == f"operations.md#{rule['alert'].lower()}"
+    assert rule["annotations"]["runbook_url"] == f"alerts.md#{rule['alert'].lower()}"
 
 
 def test_every_alert_has_its_section_and_every_section_its_alert() -> None:
-    alerts = OPERATIONS.partition("\n## Alerts\n")[2].partition("\n## ")[0]
+    alerts = PAGE.partition("\n## Alerts\n")[2].partition("\n## ")[0]
     sections = dict(re.findall(r"^### (\w+)\n\n(.+?)(?=\n### |\Z)", alerts, re.M | re.S))
     assert list(sections) == NAMES
     assert all(len(text) > 100 for text in sections.values())

@@ -215,6 +215,25 @@ async def test_a_subscription_of_a_topic_that_may_not_be_managed_is_as_one_that_
     assert len((await world.boss("list_subscriptions", topic=OTHER))["subscriptions"]) == 1
 
 
+async def test_errors_do_not_name_what_the_caller_may_not_know(world: World) -> None:
+    """A foreign queue subscribes to a topic that he publishes to, and sends its dead letters to a queue of his."""
+    await world.boss("create_queue", queue="secret", max_messages=1, dead_letter_queue=f"{OWN}.empty", max_receives=1)
+    await world.boss("create_topic", topic="own.news")
+    await world.boss("subscribe", topic="own.news", name="one", queue="secret")
+    await world.boss("subscribe", topic="own.news", name="two", queue=f"{OWN}.gone")
+    calls: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        (SEND, "publish", {"topic": "own.news", "body": "x" * 5000}),
+        (MANAGE, "delete_queue", {"queue": f"{OWN}.empty"}),
+    )
+    for verb, method, params in calls:
+        told = [await world.answer(token, method, **params) for token in (await world.of_kind(verb), world.boss_token)]
+        assert [error_type(each) for each in told] == [error_type(told[1])] * 2
+        assert ["secret" in json.dumps(each) for each in told] == [False, True]
+        assert told[0]["error"]["data"].keys() == told[1]["error"]["data"].keys()
+    in_use = await world.answer(await world.of_kind(MANAGE), "delete_queue", queue=f"{OWN}.gone")
+    assert "own.news" in in_use["error"]["message"], "what he may manage is named"
+
+
 async def test_a_dead_letter_queue_must_be_one_that_may_be_managed(world: World) -> None:
     token = await world.of_kind(MANAGE)
     for method, params in (
@@ -459,6 +478,42 @@ async def test_a_token_counts_at_once_and_not_after_it_is_revoked_or_has_expired
             await asyncio.sleep(0.05)
 
 
+async def test_who_waits_without_a_token_is_sent_away_when_the_first_one_is_made(
+    start_broker: StartBroker, connection: Connection
+) -> None:
+    broker = await start_broker()
+    waits = [asyncio.create_task(answer(broker, None, "dequeue", wait=60)) for _ in range(3)]
+    async with asyncio.timeout(30):
+        while broker.server.waiting.waiting < 3:
+            await asyncio.sleep(0.01)
+        token = await tokens.create(connection, "ada", EVERYTHING, None)
+        answers = await asyncio.gather(*waits)
+    assert [(each["status"], each["result"]) for each in answers] == [(200, {"messages": []})] * 3
+    stays = asyncio.create_task(answer(broker, token, "dequeue", wait=60))
+    stored = await answer(broker, token, "enqueue", body=1)
+    (message,) = (await stays)["result"]["messages"]
+    assert message["message_id"] == stored["result"]["message_id"]
+
+
+async def test_a_call_that_waits_ends_when_its_token_counts_no_more_and_takes_nothing(
+    world: World, connection: Connection
+) -> None:
+    token = await tokens.create(connection, "ada", EVERYTHING, None)
+    server = world.broker.server
+    await server.auth.refresh()
+    waits = [asyncio.create_task(world.answer(token, "dequeue", queue=f"{OWN}.empty", wait=60)) for _ in range(3)]
+    stays = asyncio.create_task(world.answer(world.boss_token, "dequeue", queue=f"{OWN}.empty", wait=60))
+    async with asyncio.timeout(30):
+        while server.waiting.waiting < 4:
+            await asyncio.sleep(0.01)
+        await tokens.revoke(connection, "ada")
+        assert [error_type(each) for each in await asyncio.gather(*waits)] == ["forbidden"] * 3
+        assert server.waiting.waiting == 1
+        stored = await world.boss("enqueue", queue=f"{OWN}.empty", body="for others")
+        (message,) = (await stays)["result"]["messages"]
+    assert message["message_id"] == stored["message_id"]
+
+
 async def test_nobody_is_let_in_by_what_was_known_too_long_ago(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     token = await world.token("boss", EVERYTHING)
     broker_auth = world.broker.server.auth
@@ -493,8 +548,11 @@ async def test_failed_logins_from_an_address_are_throttled_and_good_ones_never(
     assert (await post(good))[0] == 200
     assert (await post("bad", "192.0.2.7"))[0] == 401, "another address, as a proxy says that is believed"
     assert (await post("bad", "192.0.2.9, 127.0.0.1"))[0] == 401, "what a client says before its proxy is not"
+    for forwarded in ("192.0.2.7:4711", "192.0.2.7, 127.0.0.2:81", "[2001:db8::7]:4711", "2001:db8::7"):
+        assert (await post("bad", forwarded))[0] == 401, "some proxies name the port as well"
     known = broker.server.auth._failures
-    assert list(known) == ["127.0.0.1", "192.0.2.7", "192.0.2.9"]
+    counted = {address: failures for address, (_, failures) in known.items()}
+    assert counted == {"127.0.0.1": 3, "192.0.2.7": 3, "192.0.2.9": 1, "2001:db8::7": 2}
     known["127.0.0.1"] = (known["127.0.0.1"][0] - auth.THROTTLE_SECONDS - 1, 3)
     assert (await post("bad"))[0] == 401, "a minute has passed"
 

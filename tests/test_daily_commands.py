@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -462,13 +462,17 @@ def watched(broker: Broker, outage: AbstractContextManager[None]) -> tuple[str, 
         env={**environment(broker), "TERM": "xterm"},
     ) as process:
         os.close(theirs)
-        shown = until(ours, b"Ctrl-C ends it.")
-        with outage:
-            shown += until(ours, b"(unavailable")
-        shown += until(ours, b"Ctrl-C ends it.")
-        process.send_signal(signal.SIGINT)
-        process.wait(PATIENCE)
-    os.close(ours)
+        try:
+            shown = until(ours, b"Ctrl-C ends it.")
+            with outage:
+                shown += until(ours, b"(unavailable")
+            shown += until(ours, b"Ctrl-C ends it.")
+            process.send_signal(signal.SIGINT)
+            shown += rest_of(ours)
+            process.wait(PATIENCE)
+        finally:
+            process.kill()  # Or its end would be waited for, whatever has gone wrong here.
+            os.close(ours)
     return shown.decode(), process.returncode
 
 
@@ -478,6 +482,15 @@ def until(descriptor: int, text: bytes) -> bytes:
     while text not in shown:
         assert select.select([descriptor], [], [], PATIENCE)[0], shown
         shown += os.read(descriptor, 4096)
+    return shown
+
+
+def rest_of(descriptor: int) -> bytes:
+    """Read from a terminal until nobody writes to it any more: who writes waits where nobody reads."""
+    shown = b""
+    with suppress(OSError):  # Linux says so when the other end is closed.
+        while select.select([descriptor], [], [], PATIENCE)[0] and (read := os.read(descriptor, 4096)):
+            shown += read
     return shown
 
 
@@ -625,7 +638,8 @@ async def test_colours_are_for_terminals_alone_and_for_nobody_who_said_no(
     assert "\x1b" not in await done(broker, "topics")
     assert green in (await asyncio.to_thread(on_a_terminal, broker, "topics"))[0]
     monkeypatch.setenv("NO_COLOR", "1")
-    assert green not in (await asyncio.to_thread(on_a_terminal, broker, "topics"))[0]
+    for words in (["topics"], ["queues"], ["doctor"]):
+        assert "\x1b" not in (await asyncio.to_thread(on_a_terminal, broker, *words))[0]
 
 
 COMMANDS = (

@@ -13,7 +13,10 @@ import pytest
 
 from broker import requests
 from broker.requests import HEADER
+from broker.storage import tokens
+from broker.storage.database import Connection
 from broker.storage.group_commit import GroupCommit
+from broker.storage.tokens import Grant
 from broker_process import Process, Start
 from conftest import Broker, StartBroker
 from outside import request, send
@@ -163,6 +166,24 @@ async def test_only_what_is_as_bad_as_the_level_is_logged(
     assert ("create_queue" in broker.log) is is_said
     assert ("ACKNOWLEDGED MESSAGES CAN BE LOST" in broker.log) is is_said
     assert ("worker serves" in broker.log) is is_said
+
+
+async def test_refused_access_is_a_warning_and_what_is_said_of_a_token_are_fields(
+    start: Start, database_url: str, connection: Connection
+) -> None:
+    flags = ("--auth", "required", "--log-level")
+    quiet = await (await start(*flags, "warning", DATABASE_URL=database_url)).ready()
+    broker = await (await start(*flags, "info", DATABASE_URL=database_url)).ready()
+    token = await tokens.create(connection, "ada", Grant(manage=["own"]), None)
+    for each in (quiet, broker):
+        for queue in (b'"queue":"own"', b'"queue":"others"'):
+            await post(each.url, CALL % (b"create_queue", queue), Authorization=f"Bearer {token}")
+        await each.says("others")
+    (line,) = [line for line in lines_of(quiet) if line["logger"] == "broker.audit"]
+    assert (line["level"], line["event"], line["outcome"]) == ("warning", "create_queue", "forbidden")
+    await broker.says("token_counts")
+    (line,) = [line for line in lines_of(broker) if line["event"] == "token_counts"]
+    assert (line["name"], line["token_id"], line["outcome"]) == ("ada", token[3:19], "ok")
 
 
 async def test_what_is_done_for_several_requests_is_under_the_id_of_none(

@@ -52,7 +52,7 @@ VARIABLES = (
         "BROKER_TOKEN",
         "The token that is shown to it, where it wants one. Never an option: lists of processes show those.",
     ),
-    ("NO_COLOR", "Set to anything: no colours. There are none either where the output is no terminal."),
+    ("NO_COLOR", "Set to anything: no colours, nothing bold. There are none either where the output is no terminal."),
 )
 
 

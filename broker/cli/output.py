@@ -7,10 +7,11 @@ terminal it is escaped in the same way, which does not change what it means.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import msgspec
@@ -84,7 +85,11 @@ def console(*, stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else WIDE
-    return Console(file=stream, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False)
+    # Who wants no colours gets nothing bold or dim either: plain text.
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(
+        file=stream, width=width, color_system=colours, markup=False, emoji=False, highlight=False, soft_wrap=False
+    )
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:

@@ -42,7 +42,7 @@ def serve(settings: Settings) -> None:
     "--runtime-role",
     metavar="NAME",
     help="A role for brokers to connect as: made where there is none of this name, it may read and write, and not"
-    " change the schema nor make tokens.",
+    " change the schema nor make tokens. Name it at each upgrade: rights are granted on the tables that there are.",
 )
 @with_settings("database_url", "data_dir")
 def migrate_command(settings: Settings, runtime_role: str | None) -> None:

@@ -154,8 +154,8 @@ async def check_rights(connection: psycopg.AsyncConnection[tuple[Any, ...]]) -> 
     """Raise MigrationError where this role may not migrate."""
     if (await (await connection.execute(_MAY_MIGRATE)).fetchone()) != (True,):
         raise MigrationError(
-            f"The database is not migrated, and the role {connection.info.user} may not do it; run wonderq migrate as"
-            " the role that owns it."
+            f"The database is not migrated, and the role {connection.info.user} may not do it; run wonderq migrate"
+            f" --runtime-role {connection.info.user} as the role that owns it."
         )
 
 

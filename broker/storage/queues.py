@@ -457,6 +457,6 @@ async def delete_rows(connection: Connection, ids: Sequence[int]) -> None:
         reason = f"it is the dead_letter_queue of {sender}; name another one there with update_queue"
         if topic is not None:
             reason = f"the subscription {sender} of the topic {topic} sends to it; unsubscribe that first"
-        raise QueueInUse(queue=queue, reason=reason)
+        raise QueueInUse(queue=queue, reason=reason, senders=[sender if topic is None else topic])
     await connection.execute(_DELETE, {"ids": ids})
     await statistics.forget_queues(connection, ids)

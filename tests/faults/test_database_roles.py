@@ -109,7 +109,7 @@ async def test_a_broker_serves_with_a_role_that_may_not_change_the_schema_over_a
     owner, runtime = secured.url("wonderq_owner"), secured.url("wonderq_runtime")
     early = secured.wonderq("serve", "--port", "0", "--startup-timeout", "1", url=runtime, password=RUNTIME_PASSWORD)
     assert early.returncode == 1
-    assert "run wonderq migrate as the role that owns it" in early.stderr
+    assert "run wonderq migrate --runtime-role wonderq_runtime as the role that owns it" in early.stderr
     migrated = secured.wonderq("migrate", "--runtime-role", "wonderq_runtime", url=owner, password=OWNER_PASSWORD)
     assert migrated.returncode == 0, migrated.stderr
     made = secured.wonderq(

@@ -362,7 +362,7 @@ MUTATIONS = (
         "broker/storage/idempotency.py",
         (
             ("            WHEN known <> body_hash THEN 'idempotency_conflict'\n", ""),
-            ("coalesce(c.body_hash <> n.body_hash, false) AS conflicts", "false AS conflicts"),
+            ("coalesce(c.body_hash <> n.body_hash, false) AS differs", "false AS differs"),
         ),
         (IDEMPOTENCY + "test_another_body_under_the_same_key_is_a_conflict",),
     ),
