@@ -47,12 +47,13 @@ from broker.storage import (
 )
 from broker.storage.calls import Calls
 from broker.storage.database import Database
+from broker.storage.messages import TOO_LARGE
 from broker.storage.notifications import News
 from broker.storage.publishing import Published
 from broker.storage.storing import Stored
 from broker.storage.tokens import Grant
 from broker.tally import DELETED, ENQUEUED, Tally
-from broker.texts import TOO_LARGE, header_text, json_text, new_message, too_large
+from broker.texts import header_text, json_text, new_message, too_large
 from broker.waiting import SHORT_LEASE_SECONDS, WaitingRoom
 
 # More consumers than can wait.
@@ -118,7 +119,7 @@ class Methods:
                 )
             except InvalidParams as error:
                 raise error.with_data(index=index) from None
-        over = next((index for index, each in enumerate(new) if each.body is TOO_LARGE), None)
+        over = next((index for index, each in enumerate(new) if each.body == TOO_LARGE), None)
         try:
             stored = await self._store(queue, new if over is None else [new[over]])
         except MessageTooLarge as error:

@@ -52,7 +52,7 @@ def is_deeper(text: bytes, most: int) -> bool:
     return False
 
 
-def has_more_elements(text: bytes, number: int, *, at_depth: int = 1) -> bool:
+def has_more_elements(text: bytes | memoryview, number: int, *, at_depth: int = 1) -> bool:
     """Whether the beginning of a text shows already that its list has more elements than this.
 
     Where it does not, nobody knows. The list is the text itself, or what lies in it at a depth. The text need not be

@@ -1,6 +1,6 @@
 """`POST /rpc`: from the bytes of a request to the bytes of its answer.
 
-The envelope and the batch are read here, because jsonrpcserver would refuse a whole batch for one bad element;
+`envelopes` reads the envelope and the batch, because jsonrpcserver would refuse a whole batch for one bad element;
 calling the method and its outcome go through jsonrpcserver, and only this module knows that. Its check of the
 params against the function's signature is left out: the schema has been checked against the signature at the start,
 and the params against the schema. An `id` is answered with the very bytes that it came in.
@@ -14,9 +14,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,11 +33,19 @@ from broker.answers import json_answer
 from broker.auth import Caller
 from broker.bodies import ConnectionLimits, read_body
 from broker.connections import client_has_hung_up, send
+from broker.envelopes import (
+    check_long_call,
+    id_of,
+    method_of,
+    params_of,
+    read_at_once,
+    read_elements,
+    read_envelope,
+)
 from broker.errors import (
     BrokerError,
     Forbidden,
     InternalError,
-    InvalidParams,
     InvalidRequest,
     MethodNotFound,
     Overloaded,
@@ -46,22 +53,14 @@ from broker.errors import (
     error_answer,
 )
 from broker.model import Lease
-from broker.nesting import has_more_elements, is_deeper
-from broker.schema import NO_PARAMS, MethodSchema, SchemaError
+from broker.schema import MethodSchema, SchemaError
 
 log = logging.getLogger("broker.rpc")
 
-MAX_BATCH = 1_000
 MAX_NESTING = 128
 MAX_CALLS_IN_FLIGHT = 20_000
 
-# Of a call as long as this only those values are looked at for their nesting that are short enough to be a body: all
-# else is refused for its length, or has a type that is not deep.
-LONG_CALL_BYTES = 2**20 + 2**16
-GLANCED_AT_BYTES = 2**16
-
 _NULL = Raw(b"null")
-_NOTHING = Raw(b"")
 
 
 def nowhere() -> str:
@@ -105,23 +104,7 @@ class Watcher(Protocol):
     def over_limit(self, limit: str) -> None: ...
 
 
-class _Envelope(msgspec.Struct):
-    jsonrpc: Raw = _NOTHING
-    method: Raw = _NOTHING
-    params: Raw = _NOTHING
-    id: Raw = _NOTHING
-
-
-_read_envelope = msgspec.json.Decoder(_Envelope).decode
-_read_any = msgspec.json.Decoder(Raw).decode
-_read_elements = msgspec.json.Decoder(list[Raw]).decode
-_read_string = msgspec.json.Decoder(str).decode
 _encode = msgspec.json.Encoder().encode
-
-
-# Of a batch that is too deep for the parser only this much is taken apart by us.
-_SPLIT_BYTES = 2**20
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]+|[\]}]+|,', re.DOTALL)
 
 
 def check_methods(schemas: Mapping[str, MethodSchema], methods: Mapping[str, Method]) -> None:
@@ -210,7 +193,7 @@ class Rpc:
         What has to be undone if the answer does not arrive is added to `undo`.
         """
         try:
-            elements = _elements(text, self._max_nesting)
+            elements = read_elements(text, self._max_nesting)
         except BrokerError as error:
             self._count_refusal(error)
             return error_answer(error)
@@ -227,18 +210,17 @@ class Rpc:
         call_id = _NULL
         name = "invalid"
         try:
-            envelope = _envelope(element, self._max_nesting)
-            call.is_notification = not bytes(envelope.id)
-            call_id = _id(envelope)
-            method = _method(envelope)
+            read = read_at_once(element, self._schemas, self._max_nesting)
+            envelope = read_envelope(element, self._max_nesting) if read is None else read.envelope
+            call.is_notification = not len(envelope.id)
+            call_id = id_of(envelope)
+            method = method_of(envelope)
             schema = self._schemas.get(method)
             if schema is None:
                 raise MethodNotFound(method=method[:128])
             name = method
-            kwargs = schema.read(_params(envelope))
-            # Two levels are those of the call and of its params.
-            if len(bytes(element)) > LONG_CALL_BYTES and _are_deeper(kwargs.values(), self._max_nesting - 2):
-                raise _too_deep(self._max_nesting)
+            kwargs = schema.read(params_of(envelope)) if read is None else read.params()
+            check_long_call(element, kwargs, self._max_nesting)
             result = await self._carry_out(call, schema, kwargs)
         except (InvalidRequest, ParseError) as error:
             call.is_notification = False
@@ -336,155 +318,3 @@ def _for_jsonrpcserver(method: Method) -> Method:
             return Error(failure.code, failure.message, failure)
 
     return adapter
-
-
-def _is_batch(text: bytes) -> bool:
-    # Without a copy of all of it, but where it begins with a thousand spaces.
-    return (text[:1024].lstrip() or text.lstrip()).startswith(b"[")
-
-
-def _elements(text: bytes, max_nesting: int) -> list[Raw] | None:
-    """Return the elements of a batch, None where the text is a single request. Raises ParseError, InvalidRequest."""
-    try:
-        text.decode()
-        if not _is_batch(text):
-            # A glance at the beginning spares the reading of the rest, which takes longest where it is deep.
-            if len(text) > LONG_CALL_BYTES and is_deeper(text[:GLANCED_AT_BYTES], max_nesting):
-                raise _too_deep(max_nesting)
-            return None
-        if has_more_elements(text, MAX_BATCH):
-            _read_any(text)
-            raise InvalidRequest(reason=f"a batch holds at most {MAX_BATCH} calls", counted_as="batch")
-        elements = _read_batch(text, max_nesting)
-    except UnicodeDecodeError as error:
-        raise ParseError(reason=f"byte {error.start} is not UTF-8") from None
-    except msgspec.DecodeError as error:
-        raise ParseError(reason=_without_prefix(str(error))) from None
-    except RecursionError:
-        raise _too_deep(max_nesting) from None
-    if not elements:
-        raise InvalidRequest(reason="a batch holds at least one call")
-    if len(elements) > MAX_BATCH:
-        reason = f"a batch holds at most {MAX_BATCH} calls, and this one has {len(elements)}"
-        raise InvalidRequest(reason=reason, counted_as="batch")
-    return elements
-
-
-def _read_batch(text: bytes, max_nesting: int) -> list[Raw]:
-    try:
-        return _read_elements(text)
-    except RecursionError:
-        return _split(text, max_nesting)
-
-
-def _split(text: bytes, max_nesting: int) -> list[Raw]:
-    """Return the elements of a batch that is nested too deep for the parser; those that are not to blame are read.
-
-    Raises InvalidRequest where the text is too long to be taken apart here, which takes ten times as long.
-    """
-    if len(text) > _SPLIT_BYTES:
-        raise _too_deep(max_nesting)
-    elements = []
-    depth = 0
-    begins_at = text.index(b"[") + 1
-    for found in _STRUCTURE.finditer(text):
-        mark, ends_at = found[0], found.end()
-        if mark[0] in b"[{":
-            depth += len(mark)
-        elif mark[0] in b"]}":
-            depth -= len(mark)
-        if (mark == b"," and depth == 1) or depth == 0:
-            element = text[begins_at : ends_at - 1]
-            begins_at = ends_at
-            # What is too deep is not parsed here and will be refused by its nesting.
-            elements.append(Raw(element) if is_deeper(element, max_nesting) else _read_any(element))
-        if depth == 0:
-            break
-    if depth or text[begins_at:].strip(b" \t\r\n"):
-        raise ParseError(reason="its brackets do not match")
-    return elements
-
-
-def _without_prefix(message: str) -> str:
-    if message == "Input data was truncated":
-        return "it ends too early, or holds half of a surrogate pair"
-    return message.removeprefix("JSON is malformed: ")
-
-
-def _too_deep(max_nesting: int) -> InvalidRequest:
-    return InvalidRequest(reason=f"it is nested deeper than {max_nesting}", counted_as="nesting")
-
-
-def _are_deeper(values: Iterable[Any], most: int) -> bool:
-    """Whether the text of a value, or of one inside of it, is nested deeper than this."""
-    for value in values:
-        if isinstance(value, Raw):
-            text = bytes(value)
-            deeper = len(text) < LONG_CALL_BYTES and is_deeper(text, most)
-        elif isinstance(value, list):
-            deeper = _are_deeper(value, most - 1)
-        elif isinstance(value, msgspec.Struct):
-            deeper = _are_deeper([getattr(value, name) for name in value.__struct_fields__], most - 1)
-        else:
-            deeper = False
-        if deeper:
-            return True
-    return False
-
-
-def _envelope(element: Raw, max_nesting: int) -> _Envelope:
-    """Return the parts of a request. Raises ParseError and InvalidRequest."""
-    text = bytes(element)
-    try:
-        envelope = _read_envelope(element)
-    except msgspec.ValidationError:
-        _check_json(text)
-        raise InvalidRequest(reason="a request is an object") from None
-    except msgspec.DecodeError as error:
-        raise ParseError(reason=_without_prefix(str(error))) from None
-    except RecursionError:
-        raise _too_deep(max_nesting) from None
-    if len(text) <= LONG_CALL_BYTES and is_deeper(text, max_nesting):
-        raise _too_deep(max_nesting)
-    return envelope
-
-
-def _check_json(text: bytes) -> None:
-    """Raise ParseError where a text is no JSON."""
-    try:
-        _read_any(text)
-    except msgspec.DecodeError as error:
-        raise ParseError(reason=_without_prefix(str(error))) from None
-    except RecursionError:
-        pass
-
-
-def _id(envelope: _Envelope) -> Raw:
-    first = bytes(envelope.id)[:1]
-    if first in b"tf[{" and first:
-        raise InvalidRequest(reason="`id` is a string, a number or null")
-    return envelope.id if first else _NULL
-
-
-def _method(envelope: _Envelope) -> str:
-    """Return the method's name; check the rest of the envelope too. Raises InvalidRequest."""
-    if bytes(envelope.jsonrpc) != b'"2.0"' and not _is_version_2(envelope.jsonrpc):
-        raise InvalidRequest(reason='`jsonrpc` must be "2.0"')
-    if bytes(envelope.method)[:1] != b'"':
-        raise InvalidRequest(reason="`method` must be a string")
-    if bytes(envelope.params)[:1] not in (b"{", b"[", b""):
-        raise InvalidRequest(reason="`params` must be an object")
-    return _read_string(envelope.method)
-
-
-def _is_version_2(version: Raw) -> bool:
-    """Whether it says 2.0 in some other way of writing the string."""
-    return bytes(version)[:1] == b'"' and _read_string(version) == "2.0"
-
-
-def _params(envelope: _Envelope) -> Raw:
-    if bytes(envelope.params)[:1] == b"[":
-        raise InvalidParams(
-            reason="Params go by name: send `params` as an object.", param="params", limit="an object", given="an array"
-        )
-    return envelope.params if bytes(envelope.params) else NO_PARAMS

@@ -73,23 +73,30 @@ class MethodSchema:
 
         Raises InvalidParams.
         """
-        if self.list_param is not None and len(bytes(params)) > LONG_PARAMS_BYTES:
-            self._check_length(self.list_param, bytes(params))
         try:
-            struct = self.decoder.decode(params)
+            return self.decode(params)
         except msgspec.DecodeError as error:
             raise self.explain(str(error), params) from None
+
+    def decode(self, params: Raw) -> dict[str, Any]:
+        """Return the params as `read` does, of a text that may be no JSON.
+
+        Raises InvalidParams where a list is far too long, and msgspec's DecodeError.
+        """
+        if self.list_param is not None and len(params) > LONG_PARAMS_BYTES:
+            self._check_length(self.list_param, params)
+        struct = self.decoder.decode(params)
         values = {name: getattr(struct, name) for name in self.params}
         for name, value in values.items():
             if value is _MISSING:
                 values[name] = UNSET
         return values
 
-    def _check_length(self, name: str, params: bytes) -> None:
+    def _check_length(self, name: str, params: Raw) -> None:
         """Raise InvalidParams where the list has far too many elements, before each of them is made an object."""
         schema = _resolve(self.params[name], self.components)
         most = schema["maxItems"]
-        if has_more_elements(params, most, at_depth=2):
+        if has_more_elements(memoryview(params), most, at_depth=2):
             limit, given = describe(schema, self.components), f"more than {most} elements"
             raise _refusal(f"`{name}` must be {limit}, and {given} were given.", name, limit=limit, given=given)
 
@@ -97,7 +104,7 @@ class MethodSchema:
         """Say what is wrong with params that were refused, in the words of the contract."""
         whole = {"type": "object", "properties": self.params}
         if error.startswith("Object contains unknown field"):
-            if len(bytes(params)) > LONG_PARAMS_BYTES:
+            if len(params) > LONG_PARAMS_BYTES:
                 return _unknown_in_long(whole, error, self.components)
             return _unknown_param(whole, params, self.components)
         if found := re.match(r"Object missing required field `(.*?)`(?: - at `\$(.*)`)?", error):

@@ -7,11 +7,10 @@ from msgspec import Raw
 
 from broker.errors import InvalidParams, MessageTooLarge
 from broker.model import NewMessage
+from broker.storage.messages import TOO_LARGE
 from broker.storage.publishing import MAX_MESSAGE_BYTES
 
 MAX_HEADER_BYTES = 4096
-# Stands for a body that no queue takes, so that the database says so without having to be sent it.
-TOO_LARGE = " " * (MAX_MESSAGE_BYTES + 1)
 
 
 def new_message(
@@ -28,14 +27,13 @@ def new_message(
 
 
 def json_text(body: Raw) -> str:
-    """Return a body's text, as it was sent; in place of one that no queue takes another one that none takes."""
-    text = bytes(body)
-    return text.decode() if len(text) <= MAX_MESSAGE_BYTES else TOO_LARGE
+    """Return a body's text, as it was sent; TOO_LARGE in place of one that no queue takes."""
+    return bytes(body).decode() if len(body) <= MAX_MESSAGE_BYTES else TOO_LARGE
 
 
 def too_large(error: MessageTooLarge, body: Raw) -> MessageTooLarge:
     """Return the error for a body that is larger than the text that was refused in its place."""
-    return MessageTooLarge(index=error.index, **error.extra | {"given": len(bytes(body))})
+    return MessageTooLarge(index=error.index, **error.extra | {"given": len(body)})
 
 
 def header_text(headers: dict[str, str], where: str = "headers") -> str | None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from broker.envelopes import MAX_BATCH
 from broker.metrics import LIMITS
-from broker.rpc import MAX_BATCH
 from broker.settings import Settings, settings_table
 from broker.storage import tokens
 from broker.storage.database import Connection

@@ -84,11 +84,11 @@ judged AS (
             WHEN queue_id IS NULL THEN 'queue_not_found'
             WHEN known <> body_hash THEN 'idempotency_conflict'
             WHEN known IS NOT NULL THEN NULL
-            WHEN body_bytes > max_message_bytes THEN 'message_too_large'
-            WHEN coalesce(size, 0) + place - known_till > max_messages THEN 'queue_full'
+            WHEN body_bytes NOT BETWEEN 1 AND max_message_bytes THEN 'message_too_large'
+            WHEN coalesce(size, 0) + place - seen > max_messages THEN 'queue_full'
         END AS refusal
     FROM (
-        SELECT *, count(known) OVER (PARTITION BY queue_id ORDER BY n) AS known_till
+        SELECT *, count(known) OVER (PARTITION BY queue_id ORDER BY n) AS seen
         FROM input
     ) AS i
     ORDER BY n
@@ -133,7 +133,7 @@ decided AS (
     SELECT
         n.n, n.call, coalesce(c.message_id, n.id) AS id,
         coalesce(c.message_id <> n.id, false) AS repeats,
-        coalesce(c.body_hash <> n.body_hash, false) AS conflicts
+        coalesce(c.body_hash <> n.body_hash, false) AS differs
     FROM new n
     LEFT JOIN claimed c ON c.queue_id = n.queue_id AND c.key = n.key
 ),
@@ -163,11 +163,11 @@ SELECT
     END,
     (SELECT array_agg(id ORDER BY n) FROM decided),
     (SELECT array_agg(repeats ORDER BY n) FROM decided),
-    (SELECT array_agg(conflicts ORDER BY n) FROM decided),
+    (SELECT array_agg(differs ORDER BY n) FROM decided),
     (
         SELECT (%(somebody_was_quicker)s::text || min(d.n))::int
         FROM decided d
-        WHERE d.conflicts AND EXISTS (SELECT FROM decided o WHERE o.call = d.call AND o.n <> d.n)
+        WHERE d.differs AND EXISTS (SELECT FROM decided o WHERE o.call = d.call AND o.n <> d.n)
     )
 """
 )

@@ -197,7 +197,7 @@ changed AS (
         AND """
     + _MAY_CHANGE
     + """
-        AND coalesce(octet_length(%(body)s::text), 0) <= q.max_message_bytes
+        AND coalesce(octet_length(%(body)s::text) BETWEEN 1 AND q.max_message_bytes, true)
     RETURNING """
     + _SHOWN
     + """

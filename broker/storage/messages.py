@@ -24,3 +24,7 @@ IS_ALIVE = """(
     (m.lane > 0 AND m.visible_at > statement_timestamp())
     OR (m.lane < 2 AND (m.expires_at IS NULL OR m.expires_at > statement_timestamp()))
 )"""
+
+# Stands for a body that is longer than any queue takes, so that the database says what is wrong without having to be
+# sent it: no JSON is empty.
+TOO_LARGE = ""

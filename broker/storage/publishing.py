@@ -124,7 +124,7 @@ refused AS MATERIALIZED (
     UNION ALL
     SELECT n, 'message_too_large', smallest_queue, least(smallest, %(max_message_bytes)s::int), body_bytes
     FROM wanted
-    WHERE known IS NULL AND body_bytes > least(smallest, %(max_message_bytes)s::int)
+    WHERE known IS NULL AND body_bytes NOT BETWEEN 1 AND least(smallest, %(max_message_bytes)s::int)
     UNION ALL
     SELECT l.n, 'queue_full', l.name, l.max_messages, 0
     FROM (SELECT *, row_number() OVER (PARTITION BY id ORDER BY n) AS place FROM limited) AS l

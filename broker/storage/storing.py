@@ -73,7 +73,7 @@ input AS MATERIALIZED (
         coalesce(i.ttl, t.message_ttl) AS ttl,
         CASE
             WHEN t.id IS NULL THEN 'queue_not_found'
-            WHEN octet_length(i.body) > t.max_message_bytes THEN 'message_too_large'
+            WHEN octet_length(i.body) NOT BETWEEN 1 AND t.max_message_bytes THEN 'message_too_large'
             WHEN coalesce(t.size, 0) + i.place > t.max_messages THEN 'queue_full'
         END AS refusal
     FROM unnest(

@@ -362,7 +362,7 @@ MUTATIONS = (
         "broker/storage/idempotency.py",
         (
             ("            WHEN known <> body_hash THEN 'idempotency_conflict'\n", ""),
-            ("coalesce(c.body_hash <> n.body_hash, false) AS conflicts", "false AS conflicts"),
+            ("coalesce(c.body_hash <> n.body_hash, false) AS differs", "false AS differs"),
         ),
         (IDEMPOTENCY + "test_another_body_under_the_same_key_is_a_conflict",),
     ),
@@ -959,8 +959,8 @@ MUTATIONS = (
     ),
     Mutation(
         "limits: the bodies of a long call may be as deep as they like",
-        "broker/rpc.py",
-        (("len(text) < LONG_CALL_BYTES and is_deeper(text, most)", "False"),),
+        "broker/envelopes.py",
+        (("len(value) < LONG_CALL_BYTES and is_deeper(bytes(value), most)", "False"),),
         ("tests/test_hostile_bodies.py::test_a_body_that_is_made_to_cost_much_is_answered_as_any_other[deep]",),
     ),
     Mutation(
