@@ -296,6 +296,9 @@ class Auth:
         if now - since > THROTTLE_SECONDS:
             since, failures = now, 0
         self._failures[address] = (since, failures + 1)
+        if failures + 1 == self._max_failures:
+            # Once: what comes now is only counted, or whoever guesses would fill the log.
+            audit_log.warning("no access caller=%s address=%s outcome=%s", "-", address, "throttled")
         if len(self._failures) > MOST_ADDRESSES:
             self._failures.popitem(last=False)
 

@@ -35,6 +35,8 @@ PREFLIGHT = {
     "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
     "Access-Control-Max-Age": "600",
 }
+# And what of the answer it may read, beside the body.
+EXPOSED = {"Access-Control-Expose-Headers": "Retry-After, X-Request-Id"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -79,7 +81,7 @@ class Entrance:
             return refuse(421, InvalidRequest(reason=reason))
         origin = request.headers.get("Origin") if self._origins else None
         if origin in self._origins:
-            request[MORE_HEADERS] = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            request[MORE_HEADERS] = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"} | EXPOSED
             if request.method == "OPTIONS" and request.path == "/rpc":
                 return web.Response(status=204, headers=PREFLIGHT)
         if request.raw_path == "/rpc" and request.method == "POST":

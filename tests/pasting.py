@@ -46,11 +46,13 @@ stop_serving() { if [ -n "$served" ]; then kill "$served" && wait "$served" || :
 trap 'trap - EXIT; kill $(jobs -p) 2>/dev/null || :; wait || :' EXIT
 begin() { printf '\\n@@ %s\\n' "$1"; printf '\\n@@ %s\\n' "$1" >&2; }
 """
+# What an earlier one has said is removed before: the shell that serves may be later than who looks.
 SERVE = """\
 stop_serving
+rm -f serve.out serve.err
 ( {text} ) >serve.out 2>serve.err &
 served=$!
-until grep -q '^listening on ' serve.out; do kill -0 "$served" || {{ cat serve.err >&2; exit 1; }}; sleep 0.05; done
+until grep -qs '^listening on ' serve.out; do kill -0 "$served" || {{ cat serve.err >&2; exit 1; }}; sleep 0.05; done
 """
 
 

@@ -428,7 +428,11 @@ async def test_only_pages_of_named_sites_may_call_from_a_browser(start_broker: S
     assert (status, told["Access-Control-Allow-Origin"]) == (204, "https://tools.example")
     assert "authorization" in told["Access-Control-Allow-Headers"]
     assert await headers("POST", "https://tools.example", json=call) == (
-        200, {"Access-Control-Allow-Origin": "https://tools.example"},
+        200,
+        {
+            "Access-Control-Allow-Origin": "https://tools.example",
+            "Access-Control-Expose-Headers": "Retry-After, X-Request-Id",
+        },
     )  # fmt: skip
     taking = call | {"method": "dequeue", "params": {}}
     assert (await headers("POST", "https://tools.example", json=taking))[1], "also where messages are handed out"
@@ -531,7 +535,7 @@ async def test_nobody_is_let_in_by_what_was_known_too_long_ago(world: World, mon
 
 
 async def test_failed_logins_from_an_address_are_throttled_and_good_ones_never(
-    start_broker: StartBroker, connection: Connection
+    start_broker: StartBroker, connection: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = await start_broker(auth="required", max_failed_logins=3, trusted_proxy=("127.0.0.0/8",))
     good = await tokens.create(connection, "good", EVERYTHING, None)
@@ -553,6 +557,9 @@ async def test_failed_logins_from_an_address_are_throttled_and_good_ones_never(
     known = broker.server.auth._failures
     counted = {address: failures for address, (_, failures) in known.items()}
     assert counted == {"127.0.0.1": 3, "192.0.2.7": 3, "192.0.2.9": 1, "2001:db8::7": 2}
+    throttled = [record.getMessage() for record in caplog.records if "throttled" in record.getMessage()]
+    begun = [f"no access caller=- address={address} outcome=throttled" for address in ("127.0.0.1", "192.0.2.7")]
+    assert throttled == begun, "once, when it begins"
     known["127.0.0.1"] = (known["127.0.0.1"][0] - auth.THROTTLE_SECONDS - 1, 3)
     assert (await post("bad"))[0] == 401, "a minute has passed"
 
