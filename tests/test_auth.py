@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import json
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -595,9 +596,11 @@ async def test_one_token_has_so_many_calls_a_second(start_broker: StartBroker, c
     broker = await start_broker(auth="required", max_call_rate_per_token=10.0)
     token = await tokens.create(connection, "fast", EVERYTHING, None)
     batch = [{"jsonrpc": "2.0", "id": n, "method": "rpc.discover"} for n in range(50)]
+    began_at = time.monotonic()
     _, body = await broker.post(json.dumps(batch).encode(), Authorization=f"Bearer {token}")
+    seconds = time.monotonic() - began_at
     refused = [each for each in json.loads(body) if "error" in each]
-    assert len(refused) == 40
+    assert 10 <= 50 - len(refused) <= 10 + 10 * seconds
     assert {each["error"]["data"]["type"] for each in refused} == {"overloaded"}
 
 

@@ -150,11 +150,9 @@ async def test_what_a_topic_stores_is_stored_once_also_after_it_was_broadcast(
     assert message["published_id"] == first["message_id"]
 
 
-async def test_a_publisher_that_was_cut_off_repeats_it(
-    broker: Broker, start_broker: StartBroker, connection: Connection
-) -> None:
+async def test_a_publisher_that_was_cut_off_repeats_it(start_broker: StartBroker, connection: Connection) -> None:
     """Its connection dies while the statement waits; it is sent again to another broker, while the first goes on."""
-    other = await start_broker(sweep_interval=3600)
+    broker, other = [await start_broker(sweep_interval=3600, request_timeout=60) for _ in range(2)]
     await subscribe(broker, "one", "two")
     async with connection.transaction():
         await connection.execute("LOCK TABLE broker.idempotency_keys IN SHARE MODE")
