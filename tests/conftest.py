@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -68,7 +69,12 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin to keep every log of this process."""
+    """Begin to keep every log of this process, and let the programs that tests start hear of Ctrl-C.
+
+    A shell that runs something in the background lets it ignore that, and so everything which that starts.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     secrecy.watching = secrecy.Watch(Path(tempfile.mkdtemp(prefix="wonderq-logs-")))
 
 

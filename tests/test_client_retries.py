@@ -240,7 +240,9 @@ async def test_a_doubt_stays_though_the_last_attempt_was_certainly_not_done() ->
 
     assert len(calls) > 2
     assert isinstance(failure, OutcomeUnknown)
-    assert (failure.type, failure.outcome) == ("queue_full", "unknown")
+    # Or the deadline has cut the last attempt off.
+    assert failure.type in ("queue_full", "unavailable")
+    assert failure.outcome == "unknown"
     assert failure.idempotency_key == calls[0]["params"]["idempotency_key"]
 
 

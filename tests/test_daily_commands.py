@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
@@ -488,9 +489,11 @@ def until(descriptor: int, text: bytes) -> bytes:
 def rest_of(descriptor: int) -> bytes:
     """Read from a terminal until nobody writes to it any more: who writes waits where nobody reads."""
     shown = b""
+    gives_up_at = time.monotonic() + PATIENCE
     with suppress(OSError):  # Linux says so when the other end is closed.
         while select.select([descriptor], [], [], PATIENCE)[0] and (read := os.read(descriptor, 4096)):
             shown += read
+            assert time.monotonic() < gives_up_at, shown
     return shown
 
 
