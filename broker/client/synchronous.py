@@ -32,7 +32,7 @@ def _sync(
 ) -> Callable[Concatenate[SyncClient, P], R]:
     @functools.wraps(method)
     def call(self: SyncClient, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._run(method(self._client, *args, **kwargs))
+        return self._run(lambda: method(self._client, *args, **kwargs))
 
     return call
 
@@ -47,7 +47,7 @@ def _iterated(
         async def following() -> Any:
             return await anext(found, _END)
 
-        while (one := self._run(following())) is not _END:
+        while (one := self._run(following)) is not _END:
             yield one
 
     return iterate
@@ -74,14 +74,14 @@ class SyncClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="wonderq-client", daemon=True)
         self._thread.start()
-        self._run(self._client.__aenter__())
+        self._run(self._client.__aenter__)
         return self
 
     def __exit__(self, *_: object) -> None:
         loop, thread = self._loop, self._thread
         if loop is None or thread is None:
             return
-        self._run(self._client.__aexit__())
+        self._run(self._client.__aexit__)
         self._loop = None
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -119,18 +119,20 @@ class SyncClient:
         async def make() -> Consumer:
             return Consumer(self._client, queue, handler, **options)
 
-        consumer = self._run(make())
+        consumer = self._run(make)
         loop = self._loop
         assert loop is not None, "_run has seen it"
         with told_by_signals(lambda: loop.call_soon_threadsafe(consumer.told_to_stop)):
-            self._run(consumer.run(handle_signals=False))
+            self._run(lambda: consumer.run(handle_signals=False))
 
-    def _run(self, work: Coroutine[Any, Any, R]) -> R:
-        """Do something on the loop's thread; return its result. Ctrl-C cancels it."""
-        if self._loop is None or threading.current_thread() is self._thread:
-            work.close()
-            if self._loop is None:
-                raise RuntimeError("The client is not open: use `with SyncClient(...) as client`.")
+    def _run(self, work: Callable[[], Coroutine[Any, Any, R]]) -> R:
+        """Do something on the loop's thread; return its result. Ctrl-C cancels it.
+
+        The coroutine is made over there: of one made here, Ctrl-C before the handing over would leave a warning.
+        """
+        if self._loop is None:
+            raise RuntimeError("The client is not open: use `with SyncClient(...) as client`.")
+        if threading.current_thread() is self._thread:
             raise RuntimeError("A coroutine of this client's own loop cannot wait for it: use Client there.")
         loop, answer, tasks = (
             self._loop,
@@ -140,18 +142,22 @@ class SyncClient:
 
         async def deliver() -> None:
             try:
-                result = await work
+                result = await work()
             except BaseException as error:
                 answer.put((None, error))
             else:
                 answer.put((result, None))
 
+        def cancel() -> None:
+            for task in tasks:  # None, where Ctrl-C came before the handing over.
+                task.cancel()
+
         # Not by a future: Ctrl-C between two steps of its lock, which are Python's, leaves that locked for ever.
-        loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(deliver())))
         try:
+            loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(deliver())))
             result, error = answer.get()
         except BaseException:
-            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            loop.call_soon_threadsafe(cancel)
             raise
         if error is not None:
             raise error
