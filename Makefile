@@ -10,7 +10,7 @@ PG_BIN ?= /usr/lib/postgresql/15/bin
 # Tests that are not about what a database does, and those of processes that are killed, of which test-faults has its
 # own; test-postgresql leaves them out.
 NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,addresses benchmarks cli client client_docs client_retries completion \
-	connections consumer daily_commands docs endpoints examples packaging places processes readme receivers rpc schema signatures sync_client \
+	connections consumer daily_commands docs endpoints examples packaging places processes readme receivers rpc schema signatures sync_client slow_clients \
 	tracing transport website)
 
 # As many processes as cores share the tests, each with a PostgreSQL of its own: make test ARGS='-n 0' uses one.

@@ -10,6 +10,9 @@ from aiohttp import web
 
 EXPECTS_CONTINUE = web.RequestKey("expects_continue", bool)
 
+# A timer that fires so many seconds too late says that this process, or its machine, stood still.
+STOOD_STILL_SECONDS = 0.5
+
 
 @dataclass(frozen=True)
 class ConnectionLimits:
@@ -54,11 +57,17 @@ async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limits.body_timeout
     while True:
+        until = min(deadline, loop.time() + limits.body_stall_timeout)
         try:
-            async with asyncio.timeout_at(min(deadline, loop.time() + limits.body_stall_timeout)):
+            async with asyncio.timeout_at(until):
                 chunk = await payload.readany()
         except TimeoutError:
-            raise BodyTooSlow from None
+            late = loop.time() - until
+            if late < STOOD_STILL_SECONDS:
+                raise BodyTooSlow from None
+            # What the client has sent meanwhile is not read yet: timers are looked at before.
+            deadline += late + STOOD_STILL_SECONDS
+            continue
         if not chunk:
             return bytes(body)
         body += chunk

@@ -33,7 +33,7 @@ from broker.answers import (
     JsonAnswer,
     Refusal,
 )
-from broker.bodies import EXPECTS_CONTINUE, BodyTooLarge, BodyTooSlow, ConnectionLimits
+from broker.bodies import EXPECTS_CONTINUE, STOOD_STILL_SECONDS, BodyTooLarge, BodyTooSlow, ConnectionLimits
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +248,12 @@ class Connection(RequestHandler):
                 self._head_deadline = deadline
         else:
             deadline = self._head_deadline or self._next_keepalive_close_time
-            if now >= deadline:
+            if now > deadline + STOOD_STILL_SECONDS and _peek(self.transport):
+                # What the client has sent came in time, perhaps; timers are looked at before it is read.
+                deadline = self._next_keepalive_close_time = now + STOOD_STILL_SECONDS
+                if self._head_deadline is not None:
+                    self._head_deadline = deadline
+            elif now >= deadline:
                 if self._head_deadline is not None or self._is_new:
                     self._owner.over_limit("header_time")
                 if self._head_deadline is None:

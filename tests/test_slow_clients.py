@@ -1,4 +1,5 @@
-"""A thousand clients that take their time are sent away at their deadlines, and nobody else notices.
+"""A thousand clients that take their time are sent away at their deadlines, and nobody else notices: nor is anybody
+sent away for whom the broker itself had no time.
 
 What that does to the latency of others is a cell of `make bench`: slow-connections.
 """
@@ -6,7 +7,9 @@ What that does to the latency of others is a cell of `make bench`: slow-connecti
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import signal
 import sys
 from collections import Counter
 
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a thousand conn
 
 CLIENTS = 1_000
 # Enough for a thousand connections to be made one after the other on a slow machine, and soon over on a fast one.
-FLAGS = ("--header-timeout", "4", "--body-timeout", "8", "--body-stall-timeout", "6", "--keepalive-timeout", "75")
+FLAGS = ("--header-timeout", "6", "--body-timeout", "10", "--body-stall-timeout", "8", "--keepalive-timeout", "75")
 
 
 async def test_a_thousand_slow_clients_are_sent_away_while_calls_are_answered(start: Start, database_url: str) -> None:
@@ -61,3 +64,43 @@ async def test_a_thousand_slow_clients_are_sent_away_while_calls_are_answered(st
     open_connections = re.search(r"^wonderq_client_connections (\d+)", metrics, re.M)
     assert open_connections is not None
     assert int(open_connections[1]) < 10
+
+
+async def test_a_broker_that_stood_still_blames_nobody_whose_request_has_come_meanwhile(
+    start: Start, database_url: str
+) -> None:
+    seconds = 4.0
+    flags = ("--header-timeout", str(seconds), "--body-timeout", str(seconds), "--body-stall-timeout", str(seconds))
+    broker = await (await start("--database-url", database_url, *flags)).ready()
+    call = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "enqueue", "params": {"body": "here in time"}}).encode()
+    length = f"Content-Length: {len(call)}\r\n\r\n".encode()
+
+    clients = [await asyncio.open_connection("127.0.0.1", broker.port) for _ in range(4)]
+    (_, whole), (_, in_head), (_, in_body), _ = clients
+    in_head.write(slow_clients.HEAD)
+    in_body.write(slow_clients.HEAD + length + call[:9])
+    async with aiohttp.ClientSession() as http:
+        await until_connected(http, broker.url, len(clients) + 1)
+    broker.signal_all(signal.SIGSTOP)
+    whole.write(slow_clients.HEAD + length + call)
+    in_head.write(length + call)
+    in_body.write(call[9:])
+    await asyncio.sleep(seconds + 1)
+    broker.signal_all(signal.SIGCONT)
+
+    async with asyncio.timeout(DEADLINE):
+        answers = [await reader.read(12) for reader, _ in clients]
+    for _, writer in clients:
+        writer.close()
+    assert answers == [*[b"HTTP/1.1 200"] * 3, b""], "the last has said nothing"
+
+
+async def until_connected(http: aiohttp.ClientSession, url: str, number: int) -> None:
+    """Wait until the broker has so many connections."""
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            async with http.get(f"{url}/metrics") as response:
+                counted = re.search(r"^wonderq_client_connections (\d+)", await response.text(), re.M)
+            if counted is not None and int(counted[1]) >= number:
+                return
+            await asyncio.sleep(0.01)

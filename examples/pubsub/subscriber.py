@@ -46,14 +46,17 @@ class Subscriber:
         self._directory = directory
         self._ledger = ledger
         self._stall_after = stall_after
-        self._faults = set(faults)
+        self._takes_forged = "forged" in faults
+        # The faults that are still to happen, each to a module of its own; and by its name what happens to a module.
+        self._faults = [fault for fault in ("wrong", "missing") if fault in faults]
+        self._fault_of: dict[str, str] = {}
 
     async def receive(self, request: web.Request) -> web.Response:
         """Handle one message."""
         topic, body = request.match_info["topic"], await request.read()
         secret = self._ledger.secret(topic)
         is_taken = secret is not None and is_genuine(secret, request.headers, body)
-        if not is_taken and "forged" not in self._faults:
+        if not is_taken and not self._takes_forged:
             return web.Response(status=401)
         webhook_id = request.headers["webhook-id"]
         if not self._ledger.knows_again(webhook_id):
@@ -68,14 +71,14 @@ class Subscriber:
         if topic == PACKAGES:
             self._ledger.record(webhook_id, topic, body["package"], body)
             return
-        found = work(self._name, self._directory, body["name"])
-        if "wrong" in self._faults:
-            self._faults.remove("wrong")
-            found = {"lines": -1}
-        elif "missing" in self._faults:
-            self._faults.remove("missing")
+        name = body["name"]
+        if self._faults and name not in self._fault_of:
+            self._fault_of[name] = self._faults.pop(0)
+        fault = self._fault_of.get(name)  # The same if it comes again, or was published twice.
+        if fault == "missing":
             return
-        self._ledger.record(webhook_id, topic, body["name"], found)
+        found = {"lines": -1} if fault == "wrong" else work(self._name, self._directory, name)
+        self._ledger.record(webhook_id, topic, name, found)
 
 
 async def serve(subscriber: Subscriber, port: int) -> None:
