@@ -13,8 +13,9 @@ NOT_ABOUT_SQL = $(patsubst %,tests/test_%.py,addresses benchmarks cli client cli
 	connections consumer daily_commands docs endpoints examples packaging places processes readme receivers rpc schema signatures sync_client slow_clients \
 	tracing transport website)
 
-# As many processes as cores share the tests, each with a PostgreSQL of its own: make test ARGS='-n 0' uses one.
-SHARED = -n auto --maxprocesses 4 --dist worksteal
+# One process more than there are cores, because a third of the time is waiting, and at most four share the tests,
+# each with a PostgreSQL of its own: make test ARGS='-n 0' uses one.
+SHARED = -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist worksteal
 
 VENV = .venv
 PY = $(VENV)/bin/python

@@ -3,7 +3,7 @@
 import { html, useEffect, useRef, useState } from "./vendor/htm-preact.js";
 import { Graph, inLastMinute } from "./graph.js";
 import { Chip, Figures, Heading, Pager, Refusal, Table, isResult } from "./parts.js";
-import { link, neighbours } from "./route.js";
+import { link, neighbours, readRoute } from "./route.js";
 import { age, count, rate } from "./text.js";
 
 const PAGE = 50;
@@ -106,7 +106,11 @@ function Search({ params }) {
     const prefix = event.target.value.trim();
     setText(event.target.value);
     clearTimeout(typing.current);
-    typing.current = setTimeout(() => go(prefix), TYPING_MS);
+    typing.current = setTimeout(() => {
+      // Whoever has just gone elsewhere is not called back: the address knows it a moment before this page does.
+      const { page, name } = readRoute(location.hash);
+      if (page === "queues" && !name) go(prefix);
+    }, TYPING_MS);
   };
   const entered = (event) => {
     event.preventDefault();

@@ -140,6 +140,24 @@ def test_a_search_that_is_left_does_not_call_back(broker: Broker, dashboard: Das
     assert page.url.endswith("#/topics")
 
 
+@pytest.mark.parametrize(("address", "heading"), [("#/topics", "Topics"), ("#/queues/default", "default")])
+def test_a_search_does_not_call_back_who_is_about_to_leave(dashboard: Dashboard, address: str, heading: str) -> None:
+    """Its time may be up when the address has changed, and the page does not know yet."""
+    page = dashboard.page
+    page.add_init_script("""
+        const later = setTimeout;
+        window.setTimeout = (callback, ms) => {
+            if (ms === 250) window.search = callback;
+            return later(callback, ms);
+        };
+    """)
+    dashboard.open()
+    page.get_by_role("searchbox").fill("def")
+    page.evaluate("address => { location.hash = address; window.search(); }", address)
+    dashboard.heading(heading)
+    assert page.url.endswith(address)
+
+
 def test_typing_moves_nothing_and_the_next_page_begins_at_the_top_of_its_list(
     broker: Broker, open_dashboard: OpenDashboard
 ) -> None:
