@@ -4,6 +4,7 @@ Handlers read them with `read_body`, nothing else, because only that sends the "
 """
 
 import asyncio
+import random
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -12,6 +13,8 @@ EXPECTS_CONTINUE = web.RequestKey("expects_continue", bool)
 
 # A timer that fires so many seconds too late says that this process, or its machine, stood still.
 STOOD_STILL_SECONDS = 0.5
+# By up to which part of itself a time for something is longer, for each who takes it.
+SPREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class BodyTooSlow(Exception):
     """The request's body did not arrive in time; send it again."""
 
 
+def spread(seconds: float) -> float:
+    """Return how long one client has where clients have so many seconds.
+
+    Those who came at one moment are not all sent away at one moment, while everybody else would have to wait.
+    """
+    return seconds * random.uniform(1, 1 + SPREAD)  # noqa: S311 - nobody has to be kept from guessing it
+
+
 async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
     """Read the whole body, and ask for it where the client waits for that.
 
@@ -55,9 +66,10 @@ async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
         request.writer.output_size = 0  # The answer itself has not begun.
     body = bytearray()  # Not a list: a client may send chunks of one byte.
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + limits.body_timeout
+    deadline = loop.time() + spread(limits.body_timeout)
+    stall_timeout = spread(limits.body_stall_timeout)
     while True:
-        until = min(deadline, loop.time() + limits.body_stall_timeout)
+        until = min(deadline, loop.time() + stall_timeout)
         try:
             async with asyncio.timeout_at(until):
                 chunk = await payload.readany()

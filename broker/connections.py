@@ -33,7 +33,8 @@ from broker.answers import (
     JsonAnswer,
     Refusal,
 )
-from broker.bodies import EXPECTS_CONTINUE, STOOD_STILL_SECONDS, BodyTooLarge, BodyTooSlow, ConnectionLimits
+from broker.bodies import EXPECTS_CONTINUE, STOOD_STILL_SECONDS, BodyTooLarge, BodyTooSlow, ConnectionLimits, spread
+from broker.errors import let_go
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class Connection(RequestHandler):
             self._refuse(transport)
             return
         super().connection_made(transport)
-        self._next_keepalive_close_time = self._loop.time() + self._limits.header_timeout
+        self._next_keepalive_close_time = self._loop.time() + spread(self._limits.header_timeout)
         self._watch_until(self._next_keepalive_close_time)
         # A client that never reads its answer acknowledges the kernel's probes for ever; this ends it.
         with suppress(OSError, AttributeError):
@@ -199,7 +200,7 @@ class Connection(RequestHandler):
                     self._newest_upgrade = message
                     self._upgrade_bytes_left = _size(message, data)
         elif begins_head and self._head_deadline is None and data.strip(b"\r\n"):
-            self._head_deadline = self._loop.time() + self._limits.header_timeout
+            self._head_deadline = self._loop.time() + spread(self._limits.header_timeout)
             self._watch_until(self._head_deadline)
         if self._upgrade_bytes_left is not None:
             self._follow_upgrade(len(data))
@@ -397,6 +398,8 @@ class Connection(RequestHandler):
             self._owner.over_limit(limit_name)
         if refusal is INTERNAL_ERROR:
             logger.exception("request failed: method=%r path=%r", request.method, request.path)
+        if exc is not None:
+            let_go(exc)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun, so it can only be cut off")
         if refusal is BODY_TOO_LARGE:

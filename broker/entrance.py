@@ -18,7 +18,7 @@ from broker import audit, requests
 from broker.auth import Auth, Caller, Throttled, Unauthorized
 from broker.bodies import ConnectionLimits, read_body
 from broker.connections import MORE_HEADERS
-from broker.errors import BrokerError, Forbidden, InvalidRequest, Overloaded, Unavailable, error_answer
+from broker.errors import BrokerError, Forbidden, InvalidRequest, Overloaded, Unavailable, error_answer, let_go
 from broker.metrics import Metrics
 from broker.pages import unavailable
 from broker.rpc import Rpc
@@ -93,6 +93,7 @@ class Entrance:
         except RefusedLogin as error:
             return error.response
         except web.HTTPException as error:
+            let_go(error)
             reason = "there is nothing at this address: calls go to POST /rpc"
             if error.status == 405:
                 reason = f"this address does not take {request.method}"

@@ -51,6 +51,7 @@ from broker.errors import (
     Overloaded,
     ParseError,
     error_answer,
+    let_go,
 )
 from broker.model import Lease
 from broker.schema import MethodSchema, SchemaError
@@ -263,6 +264,7 @@ class Rpc:
                 self._audit(call, schema, kwargs, outcome)
 
     def _refused(self, name: str, error: BrokerError, call_id: Raw, call: Call, began_at: float) -> bytes | None:
+        let_go(error)
         if isinstance(error, InternalError):
             error = _of_this_request(name, error)
         self._count_refusal(error)

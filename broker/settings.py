@@ -325,8 +325,8 @@ class Settings:
         unit="seconds",
         minimum=0.1,
         maximum=3600,
-        help="How long a new connection may say nothing, and then the head of a request may take; after that it is"
-        " closed, and answered 408 where a request had begun.",
+        help="How long a new connection may say nothing, and then the head of a request may take; after that, and up to"
+        " a tenth more, so that not all end at once, it is closed, and answered 408 where a request had begun.",
     )
     body_timeout: float = setting(
         60.0,
@@ -337,7 +337,7 @@ class Settings:
         unit="seconds",
         minimum=0.1,
         maximum=3600,
-        help="How long the body of a request may take in all; then it is answered 408.",
+        help="How long the body of a request may take in all; then, or up to a tenth later, it is answered 408.",
     )
     body_stall_timeout: float = setting(
         15.0,
@@ -348,7 +348,7 @@ class Settings:
         unit="seconds",
         minimum=0.1,
         maximum=3600,
-        help="How long no byte of a body may come; then it is answered 408.",
+        help="How long no byte of a body may come; then, or up to a tenth later, it is answered 408.",
     )
     keepalive_timeout: float = setting(
         75.0,
