@@ -44,6 +44,7 @@ from broker.storage import (
     statistics,
     subscriptions,
     topics,
+    totals,
 )
 from broker.storage.calls import Calls
 from broker.storage.database import Database
@@ -285,7 +286,7 @@ class Methods:
 
     async def count_messages(self, call: Call, queue: str | None, status: str | None) -> Counts | dict[str, Any]:
         if queue is None:
-            counted = await self.database.read(counting.count_all)
+            counted = await self.database.read(totals.count_all)
         else:
             found = await self.database.read(lambda connection: counting.count(connection, [queue]))
             if queue not in found:

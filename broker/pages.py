@@ -12,7 +12,7 @@ from broker import __version__
 from broker.errors import BrokerError, Unavailable, error_answer
 from broker.gauges import MAX_QUEUES_SHOWN, DatabaseGauges, with_others
 from broker.metrics import CONTENT_TYPE, Metrics
-from broker.storage import counting, durability, migrate, queues, subscriptions
+from broker.storage import counting, durability, migrate, queues, subscriptions, totals
 from broker.storage.counting import Counted
 from broker.storage.database import Database
 
@@ -103,8 +103,8 @@ class Pages:
         shown = {name: (each.counts, each.oldest_ready_age) for name, each in counted.items()}
         in_all = len(page)
         if more is not None:
-            everything = await self._database.read(counting.count_all)
-            oldest = await self._database.read(lambda connection: counting.oldest_ready_age_after(connection, more))
+            everything = await self._database.read(totals.count_all)
+            oldest = await self._database.read(lambda connection: totals.oldest_ready_age_after(connection, more))
             shown = with_others(shown, everything.counts, oldest)
             in_all = await self._database.read(queues.count)
         facts = await self._database.read(durability.server_facts)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from broker.model import FRESH, RETURNED, Counts
-from broker.storage import counting, queues
+from broker.storage import counting, queues, totals
 from broker.storage.counting import EXACT_UP_TO, FIRST_ENTRIES, LONGEST_WALK, Counted
 from broker.storage.database import Connection
 from conftest import Broker
@@ -127,7 +127,7 @@ async def test_a_table_no_larger_than_a_sample_is_counted_exactly(table: Connect
     assert set(found) == {"work", "other"}
     assert found["work"].counts == Counts(EXACT_UP_TO + 5, 0, 0, EXACT_UP_TO + 5, exact=True)
     assert found["other"].counts == Counts(0, 0, EXACT_UP_TO + 3, EXACT_UP_TO + 3, exact=True)
-    everything = (await counting.count_all(table)).counts
+    everything = (await totals.count_all(table)).counts
     assert everything == Counts(EXACT_UP_TO + 5, 0, EXACT_UP_TO + 3, 2 * EXACT_UP_TO + 8, exact=True)
 
 
@@ -139,7 +139,7 @@ async def test_what_is_rare_among_very_many_messages_is_counted_exactly(table: C
     await fill(table, 2_002, names[200], **LEASED)
     await fill(table, 5, "default", **DELAYED)
     await table.execute("UPDATE broker.queues SET deleted_at = now() WHERE name = 'default'")
-    counted = await counting.count_all(table)
+    counted = await totals.count_all(table)
     assert (counted.counts.delayed, counted.counts.leased, counted.counts.exact) == (3, 2_002, False)
     assert counted.of_status("leased") == {"total": 2_002, "exact": True}
     assert counted.counts.ready == pytest.approx(MANY, rel=0.05)
@@ -153,7 +153,7 @@ async def test_a_few_messages_behind_thousands_of_expired_ones_are_counted_exact
     counted = await count(table)
     assert counted.counts == Counts(7, 0, 0, 7, exact=True)
     assert counted.oldest_ready_age == pytest.approx(100, abs=30)
-    everything = await counting.count_all(table)
+    everything = await totals.count_all(table)
     assert everything.of_status("ready") == {"total": 7, "exact": True}
 
 
@@ -175,7 +175,7 @@ async def test_statuses_are_told_apart_in_a_table_that_was_never_analysed_and_in
 
 
 async def check_estimates_of_every_status(table: Connection) -> None:
-    for counted in (await count(table), await counting.count_all(table)):
+    for counted in (await count(table), await totals.count_all(table)):
         counts = counted.counts
         assert counts.exact is False
         assert "ready" in counted.estimated
@@ -190,7 +190,7 @@ async def test_nothing_but_expired_messages_is_about_nothing(table: Connection) 
     counted = await count(table)
     assert counted.counts == Counts(0, 0, 0, 0, exact=False)
     assert counted.oldest_ready_age is None
-    assert (await counting.count_all(table)).counts == Counts(0, 0, 0, 0, exact=False)
+    assert (await totals.count_all(table)).counts == Counts(0, 0, 0, 0, exact=False)
     # Some there are, but nobody knows since when: since the last expired one that was met, at most.
     await fill(table, 20_000)
     counted = await count(table)

@@ -32,6 +32,7 @@ from broker.storage import (
     subscriptions,
     sweeps,
     topics,
+    totals,
 )
 from broker.storage.database import Connection
 from broker.storage.publishing import PublishCall
@@ -264,7 +265,7 @@ async def check_looks(connection: Connection) -> None:
 
     async def count(c: Connection) -> None:
         await counting.count(c, ["work"])
-        await counting.count_all(c)
+        await totals.count_all(c)
 
     for plan in await plans_of(connection, count):
         kinds = {(scan.kind, scan.index) for scan in plan.scans}

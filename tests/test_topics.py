@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from broker.model import NewMessage, message_id_of
-from broker.storage import broadcasting, counting, publishing, queues, subscriptions, sweeps, topics
+from broker.storage import broadcasting, publishing, queues, subscriptions, sweeps, topics, totals
 from broker.storage.database import Connection, Database
 from broker.storage.publishing import PublishCall, Published
 from broker.sweeper import sweep_once
@@ -334,7 +334,7 @@ async def test_a_message_published_while_its_topic_is_deleted_is_seen_by_nobody_
         await topics.delete(database, "topic")
         await queues.delete(database, "q")
     assert (await task)[0].deliveries == 1, "it has seen the topic as it was"
-    assert (await counting.count_all(one)).counts.total == 0
+    assert (await totals.count_all(one)).counts.total == 0
     assert (await sweep_once(one)).of_deleted == 1
     assert await rows(one, "messages") == 0
 

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from broker.model import FRESH, LAST, RETURNED, Counts
 from broker.storage.database import Connection
@@ -72,17 +72,18 @@ class Counted:
     oldest_ready_age: float | None
     estimated: frozenset[str]
 
+    @classmethod
+    def of(cls, figures: Mapping[str, int], age: float | None, estimated: Collection[str]) -> Self:
+        """Add the figures of the statuses up; those of `estimated` are estimates."""
+        counts = Counts(**figures, total=sum(figures.values()), exact=not estimated)
+        return cls(counts, age, frozenset(estimated))
+
     def of_status(self, status: str) -> dict[str, int | bool]:
         """Return the figure of one status."""
         return {"total": getattr(self.counts, status), "exact": status not in self.estimated}
 
 
-def _counted(figures: Mapping[str, int], age: float | None, estimated: Collection[str]) -> Counted:
-    counts = Counts(**figures, total=sum(figures.values()), exact=not estimated)
-    return Counted(counts, age, frozenset(estimated))
-
-
-def _entries(lanes: str, since: str, until: str, order: str = "") -> str:
+def walk_through(lanes: str, since: str, until: str, order: str = "") -> str:
     """Return a statement that walks through a part of lanes, not beyond %(entries)s of its entries."""
     return f"""
 SELECT m.visible_at, {IS_ALIVE} AS is_alive
@@ -110,7 +111,7 @@ CROSS JOIN LATERAL (
         min(e.visible_at) FILTER (WHERE e.is_alive) AS oldest,
         max(e.visible_at) AS newest
     FROM ({
-    _entries(
+    walk_through(
         "= q.id * 4::bigint + part.lane",
         "CASE WHEN part.is_future THEN statement_timestamp() ELSE '-infinity' END",
         "CASE WHEN part.is_future THEN 'infinity' ELSE statement_timestamp() END",
@@ -208,7 +209,7 @@ def _result(queue: _Queue, sample: _Sample | None) -> Counted:
                 estimated.add(STATUS[part])
         else:
             figures[STATUS[part]] += walk.counted
-    return _counted(figures, _oldest_ready_age(queue) if figures["ready"] else None, estimated)
+    return Counted.of(figures, _oldest_ready_age(queue) if figures["ready"] else None, estimated)
 
 
 def _oldest_ready_age(queue: _Queue) -> float | None:
@@ -226,7 +227,7 @@ def _oldest_ready_age(queue: _Queue) -> float | None:
 # blocks until the table has doubled, so that they are in memory, and what differs between two samples has changed.
 # Plan: a range of ctids for each block. There is no other, because nothing in it is indexed, and sessions have
 # sequential scans disabled.
-_SAMPLED = f"""
+SAMPLED = f"""
 WITH size AS MATERIALIZED (
     SELECT t.blocks, s.stride, (t.blocks + s.stride - 1) / s.stride AS sampled
     FROM (SELECT pg_relation_size('broker.messages') / current_setting('block_size')::bigint AS blocks) AS t
@@ -255,7 +256,7 @@ sample AS (
 
 # The lanes that are asked for one by one, the others together as 0 and 1; `blocks` is in how many of them a row was.
 _SAMPLE = (
-    _SAMPLED
+    SAMPLED
     + """
 in_block AS (
     SELECT
@@ -409,137 +410,3 @@ async def _read_shares(connection: Connection, messages: int) -> _Shares | None:
     common = dict(zip(lanes or (), shares or (), strict=True))
     others = (distinct if distinct >= 0 else -distinct * messages) - len(common)
     return _Shares(common, max(0.0, 1 - sum(common.values())) / others if others >= 1 else 0.0)
-
-
-# Deleted queues are not counted, nor what topics store. `queues` are those that have much of a part.
-_SAMPLE_ALL = (
-    _SAMPLED
-    + """
-in_lane AS (
-    SELECT lane, is_future, count(*) AS rows
-    FROM sample
-    WHERE is_alive
-    GROUP BY lane, is_future
-),
-in_all AS (
-    SELECT
-        (lane & 3)::int AS lane, is_future, sum(rows)::bigint AS rows,
-        array_agg((lane / 4)::int) FILTER (WHERE rows > 100) AS queues
-    FROM in_lane
-    WHERE (lane / 4)::int NOT IN (
-        SELECT q.id FROM broker.queues q WHERE q.deleted_at IS NOT NULL
-        UNION ALL
-        SELECT t.id FROM broker.topics t
-    )
-    GROUP BY 1, 2
-)
-SELECT s.stride, a.lane, a.is_future, a.rows, a.queues
-FROM size s
-LEFT JOIN in_all a ON true
-"""
-)
-
-_BOTH_LANES = "= ANY (ARRAY[q.id * 4::bigint, q.id * 4::bigint + 1])"
-_HELD_LANES = "= ANY (ARRAY[q.id * 4::bigint + 1, q.id * 4::bigint + 2])"
-
-
-def _walk_all(status: str, queues: str, entries: str) -> str:
-    return f"""
-SELECT '{status}', count(*) FILTER (WHERE e.is_alive), count(*) = %(entries)s
-FROM (
-    SELECT of_queue.is_alive
-    FROM {queues} q
-    CROSS JOIN LATERAL ({entries}) AS of_queue
-    LIMIT %(entries)s
-) AS e
-HAVING '{status}' = ANY (%(statuses)s::text[])
-"""
-
-
-# No locks. For each status that is asked for, a walk through one queue after the other, which ends where it has become
-# too long to be exact. So it begins with the queues that have much. Where it must come to the end it looks at each
-# queue, which takes 2 µs; so one look, for both, tells where anything lies behind the fresh ones that are ready.
-_WALK_ALL = f"""
-WITH queue AS MATERIALIZED (
-    SELECT q.id
-    FROM unnest(%(first)s::int[]) AS f (id)
-    JOIN broker.queues q ON q.id = ANY (ARRAY[f.id])
-    WHERE q.deleted_at IS NULL
-    UNION ALL
-    SELECT q.id
-    FROM broker.queues q
-    WHERE q.deleted_at IS NULL AND q.id NOT IN (SELECT unnest(%(first)s::int[]))
-),
-with_more AS MATERIALIZED (
-    SELECT q.id
-    FROM queue q
-    CROSS JOIN LATERAL (
-        SELECT
-        FROM broker.messages m
-        WHERE ((m.queue_id * 4::bigint + m.lane), m.visible_at) > (q.id * 4::bigint, statement_timestamp())
-            AND (m.queue_id * 4::bigint + m.lane) <= q.id * 4::bigint + 2 AND m.lane >= 0
-        LIMIT 1
-    ) AS more
-)
-{_walk_all("ready", "queue", _entries(_BOTH_LANES, "'-infinity'", "statement_timestamp()"))}
-UNION ALL
-{_walk_all("delayed", "with_more", _entries("= q.id * 4::bigint", "statement_timestamp()", "'infinity'"))}
-UNION ALL
-{_walk_all("leased", "with_more", _entries(_HELD_LANES, "statement_timestamp()", "'infinity'"))}
-"""
-
-
-# No locks. The first entry of each lane: where that has expired and is not removed yet, the lane is passed over until
-# the next sweep, so that each takes one look and no more.
-_OLDEST = f"""
-SELECT max(extract(epoch FROM statement_timestamp() - oldest.visible_at))::float8
-FROM broker.queues q
-CROSS JOIN unnest(%(lanes)s::int[]) AS l (lane)
-CROSS JOIN LATERAL (
-    SELECT m.visible_at, {IS_ALIVE} AS is_alive
-    FROM broker.messages m
-    WHERE (m.queue_id * 4::bigint + m.lane) = q.id * 4::bigint + l.lane AND m.lane >= 0
-        AND m.visible_at <= statement_timestamp()
-    ORDER BY m.visible_at, m.id
-    LIMIT 1
-) AS oldest
-WHERE q.deleted_at IS NULL AND q.name > %(after)s AND oldest.is_alive
-"""
-
-
-async def oldest_ready_age_after(connection: Connection, name: str) -> float | None:
-    """Return for how many seconds a message has been ready in one of the queues whose names come after this one.
-
-    None where none is. A queue whose oldest message has expired, and is not removed yet, is passed over.
-    """
-    row = await (await connection.execute(_OLDEST, {"after": name, "lanes": [FRESH, RETURNED]})).fetchone()
-    return None if row is None else row[0]
-
-
-async def count_all(connection: Connection) -> Counted:
-    """Return what lies in all queues together."""
-    rows = await (await connection.execute(_SAMPLE_ALL)).fetchall()
-    figures = dict.fromkeys(STATUSES, 0)
-    first: set[int] = set()
-    stride = rows[0][0]
-    for _, lane, is_future, met, queues in rows:
-        if met is not None:
-            figures[STATUS[Part(lane, is_future)]] += stride * met
-            first.update(queues or ())
-    if stride == 1:  # That was the whole table.
-        return _counted(figures, None, ())
-    # Of 10,000 messages a sample does not make so many; they need not be looked for.
-    estimated = {status for status in STATUSES if figures[status] > 10 * EXACT_UP_TO}
-    doubtful = set(STATUSES) - estimated
-    for entries in (EXACT_UP_TO + 1, LONGEST_WALK):
-        params = {"first": list(first), "entries": entries, "statuses": list(doubtful)}
-        rows = await (await connection.execute(_WALK_ALL, params)).fetchall()
-        for status, counted, is_cut in rows:
-            figures[status] = max(counted, figures[status]) if is_cut else counted
-        cut = {status for status, _, is_cut in rows if is_cut}
-        estimated = estimated - doubtful | cut
-        # Expired messages may hide how few there are behind them.
-        doubtful = {status for status in cut if figures[status] <= SHORT}
-        if not doubtful:
-            break
-    return _counted(figures, None, estimated)
