@@ -947,11 +947,23 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "errors: what has been answered is left to the garbage collector",
+        "broker/rpc.py",
+        (("        let_go(error)\n", ""),),
+        ("tests/test_garbage.py::test_a_request_leaves_nothing_to_the_garbage_collector",),
+    ),
+    Mutation(
+        "limits: a client is blamed for the time that the broker stood still",
+        "broker/connections.py",
+        (("now > deadline + STOOD_STILL_SECONDS and _peek(self.transport)", "False"),),
+        ("tests/test_slow_clients.py::test_a_broker_that_stood_still_blames_nobody_whose_request_has_come_meanwhile",),
+    ),
+    Mutation(
         "limits: a silent connection stays as long as an idle one",
         "broker/connections.py",
         (
             (
-                "        self._next_keepalive_close_time = self._loop.time() + self._limits.header_timeout\n",
+                "        self._next_keepalive_close_time = self._loop.time() + spread(self._limits.header_timeout)\n",
                 "        self._next_keepalive_close_time = self._loop.time() + 10 * self._limits.keepalive_timeout\n",
             ),
         ),
