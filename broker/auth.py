@@ -200,7 +200,8 @@ class Auth:
 
     async def _read(self) -> None:
         asked_at = time.monotonic()
-        found, were_ever = await self._database.read(_read_all, timeout=READ_SECONDS)
+        read = _read if self._is_required else _read_if_there_are
+        found, were_ever = await self._database.read(read, timeout=READ_SECONDS)
         before = {token_id: caller for token_id, (_, caller) in self._callers.items()}
         self._callers = {each.id: (each.secret_hash, self._caller(before.get(each.id), each)) for each in found}
         if self._read_at > float("-inf"):
@@ -303,6 +304,10 @@ class Auth:
             self._failures.popitem(last=False)
 
 
-async def _read_all(connection: Connection) -> tuple[list[StoredToken], bool]:
-    found = await tokens.read_valid(connection)
-    return found, bool(found) or await tokens.were_ever(connection)
+async def _read(connection: Connection) -> tuple[list[StoredToken], bool]:
+    return await tokens.read_valid(connection), True
+
+
+async def _read_if_there_are(connection: Connection) -> tuple[list[StoredToken], bool]:
+    # One statement a second where there are none, as where there are.
+    return await _read(connection) if await tokens.were_ever(connection) else ([], False)
