@@ -79,7 +79,8 @@ def _is_batch(text: bytes) -> bool:
 def read_elements(text: bytes, max_nesting: int) -> list[Raw] | None:
     """Return the elements of a batch, None where the text is a single request. Raises ParseError, InvalidRequest."""
     try:
-        text.decode()
+        if not text.isascii():
+            text.decode()
         if not _is_batch(text):
             # A glance at the beginning spares the reading of the rest, which takes longest where it is deep.
             if len(text) > LONG_CALL_BYTES and is_deeper(text[:GLANCED_AT_BYTES], max_nesting):
