@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import sys
@@ -83,6 +84,8 @@ SHOWN_LIMITS = (
     "webhook_total",
 )  # fmt: skip
 GC_THRESHOLDS = (20_000, 20, 20)
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 async def serve(settings: Settings) -> None:
@@ -92,9 +95,22 @@ async def serve(settings: Settings) -> None:
         async with migrated_database(settings, stop) as conninfo, contextlib.AsyncExitStack() as stack:
             server = await unless_stopped(stop, stack.enter_async_context(Server(conninfo, settings)))
             collect_less_garbage()
+            keep_freed_memory()
             announce(server.url)
             await stop.wait()
             log.info("stopping")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 32 MiB of what is freed, and not map what is smaller than 16 MiB anew each time.
+
+    A request of megabytes has several buffers of its size: to get their pages from the kernel, and give them back, was
+    a fifth of what it cost. Elsewhere than with glibc nothing is done.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 32 * 2**20)
 
 
 def collect_less_garbage() -> None:
