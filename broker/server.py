@@ -94,11 +94,16 @@ async def serve(settings: Settings) -> None:
     with contextlib.suppress(Stopped):
         async with migrated_database(settings, stop) as conninfo, contextlib.AsyncExitStack() as stack:
             server = await unless_stopped(stop, stack.enter_async_context(Server(conninfo, settings)))
-            collect_less_garbage()
-            keep_freed_memory()
+            spend_less_on_memory()
             announce(server.url)
             await stop.wait()
             log.info("stopping")
+
+
+def spend_less_on_memory() -> None:
+    """Make a process that has started spend its time on requests."""
+    collect_less_garbage()
+    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
@@ -114,9 +119,10 @@ def keep_freed_memory() -> None:
 
 
 def collect_less_garbage() -> None:
-    """Make a process that has started spend its time on requests."""
-    # What lives as long as the server is not looked through again and again for what can be thrown away; and
-    # what requests leave is, less often: hardly any of it is in circles.
+    """Look seldom for what can be thrown away, and not in what lives as long as the server.
+
+    Hardly any of what requests leave is in circles.
+    """
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
 

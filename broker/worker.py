@@ -30,7 +30,7 @@ import msgspec
 from broker.errors import BrokerError
 from broker.logs import configure_logs
 from broker.metrics import share_metrics
-from broker.server import Server, collect_less_garbage, run_to_end
+from broker.server import Server, run_to_end, spend_less_on_memory
 from broker.settings import Settings
 from broker.sharing import Scoreboard, Share
 from broker.starting import StartError, Stopped, unless_stopped
@@ -93,7 +93,7 @@ async def work() -> None:
             except (StartError, BrokerError) as error:
                 say(f"{error}\n".encode())
                 return
-            collect_less_garbage()
+            spend_less_on_memory()
             say(READY)
             await stop.wait()
             if order.result() != STOP:
